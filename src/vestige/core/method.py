@@ -246,7 +246,9 @@ def _model(cls: type[Method]) -> Any:
         f.name: (hints[f.name], pydantic.Field(description=f.metadata.get("help", ""), **f.metadata.get("bounds", {})))
         for f in dataclasses.fields(cls)  # type: ignore[arg-type]
     }
-    config = pydantic.ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, arbitrary_types_allowed=True, protected_namespaces=())
+    config = pydantic.ConfigDict(
+        strict=True, extra="forbid", allow_inf_nan=False, arbitrary_types_allowed=True, protected_namespaces=()
+    )
     return pydantic.create_model(cls.__name__, __config__=config, **fields)
 
 
@@ -298,7 +300,9 @@ def _parse_text(text: str) -> Any:
 
 
 def _family(cls: type[Method]) -> str:
-    return next((base.__name__ for base in cls.__mro__[1:] if base is not Method and issubclass(base, Method)), "Method")
+    return next(
+        (base.__name__ for base in cls.__mro__[1:] if base is not Method and issubclass(base, Method)), "Method"
+    )
 
 
 def _type_name(hint: Any) -> str:

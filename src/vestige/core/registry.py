@@ -129,14 +129,18 @@ def method(name: str, **parameters: Any) -> Method:
     return registry.load(name)(**parameters)
 
 
-_CLASS_HEAD = re.compile(r"^class (\w+)\([^)]*\):\n(.*?)(?=^    (?:def|async def|@)|^[^\s#)]|\Z)", re.MULTILINE | re.DOTALL)
+_CLASS_HEAD = re.compile(
+    r"^class (\w+)\([^)]*\):\n(.*?)(?=^    (?:def|async def|@)|^[^\s#)]|\Z)", re.MULTILINE | re.DOTALL
+)
 _HAS_NAME = re.compile(r"^    name(?:: ClassVar\[str\])? = ", re.MULTILINE)
 
 
 @functools.cache
 def _package_cards() -> tuple[MethodCard, ...]:
     root = Path(__file__).resolve().parent.parent
-    return tuple(card for room in ROOMS for path in sorted((root / room).rglob("*.py")) for card in _file_cards(path, root, room))
+    return tuple(
+        card for room in ROOMS for path in sorted((root / room).rglob("*.py")) for card in _file_cards(path, root, room)
+    )
 
 
 def _file_cards(path: Path, root: Path, room: str) -> Iterable[MethodCard]:
@@ -224,4 +228,6 @@ def _entry_card(entry: EntryPoint) -> MethodCard:
     if cls is not None:
         return _class_card(cls)
     module, _, qualname = entry.value.partition(":")
-    return MethodCard(name=entry.name, room="?", module=module, qualname=qualname, idea="", paper=None, verdict=Verdict())
+    return MethodCard(
+        name=entry.name, room="?", module=module, qualname=qualname, idea="", paper=None, verdict=Verdict()
+    )

@@ -1,0 +1,411 @@
+"""A cache that holds only what a policy keeps.
+
+A :class:`KeptCache` is a transformers ``Cache``; its layers store the kept keys and values, the
+original position of each entry, and whatever per-entry state the policy needs to rank them.
+Everything that a layer holds is gathered together, so bytes reported are bytes held.
+
+What is true of all layers in one forward pass (how many tokens come in, which are padding, how many
+entries each row may hold afterwards) is worked out once, in a :class:`Step`.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from vestige.errors import InputError, PatchError
+
+if TYPE_CHECKING:
+    from vestige.context.policy import Evict
+
+__all__ = ["KeptCache", "KeptLayer", "Step"]
+
+EMPTY = -1  # position of a slot that holds no entry
+
+
+@dataclass
+class Step:
+    """One forward pass through the cache.
+
+    Attributes:
+        count: tokens (columns) that come in.
+        start: columns seen before.
+        positions: ``(batch, count)`` index of each token among its row's real tokens, ``EMPTY`` for padding;
+            ``None`` while no row has had padding.
+        age: ``(count,)`` or ``(batch, count)`` number of later real tokens in the chunk, for weights that decay.
+        fresh: real tokens in the chunk, per row.
+        real: real tokens seen per row, this chunk included.
+        allowed: entries that each row may hold once the pass is done; ``None`` where nothing is dropped now.
+        ends_real: whether the last column is a real token in every row.
+    """
+
+    count: int
+    start: int
+    positions: Tensor | None
+    age: Tensor
+    fresh: list[int]
+    real: list[int]
+    allowed: list[int] | None
+    ends_real: bool = True
+
+    def rows(self, device: torch.device) -> int | Int[Tensor, "batch 1 1"]:
+        """``real``, to be compared with positions."""
+        return per_row(self.real, device)
+
+    @property
+    def decoding(self) -> bool:
+        """Whether this is one token after others (and not a prompt)."""
+        return self.count == 1 and self.start > 0
+
+
+class KeptLayer(CacheLayerMixin):
+    """The kept entries of one layer.
+
+    Attributes:
+        keys, values: ``(batch, kv_heads, slots, dim)``.
+        positions: ``(batch, kv_heads, slots)`` int32, or ``None`` while slot *i* simply holds token *i*.
+        state: per-entry tensors of the policy, ``(batch, kv_heads, slots)`` each; they move with the entries.
+    """
+
+    is_sliding = False
+
+    def __init__(self, cache: KeptCache, index: int) -> None:
+        super().__init__()
+        self.cache, self.index = cache, index
+        self.positions: Tensor | None = None
+        self.state: dict[str, Tensor] = {}
+        self.seen = 0
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.keys = key_states.new_empty(*key_states.shape[:2], 0, key_states.shape[3])
+        self.values = value_states.new_empty(*value_states.shape[:2], 0, value_states.shape[3])
+        self.is_initialized = True
+
+    @property
+    def slots(self) -> int:
+        """Entries held per head, empty slots included."""
+        return self.keys.shape[2] if self.is_initialized else 0
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Write new entries: into the slot of the one given up if the budget is full, else after the others."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        step = self.cache.step
+        if step is None or step.start != self.seen:
+            raise PatchError("a kept cache is filled by a forward pass of the model that it was made for")
+        self.seen += step.count
+        if step.decoding and step.allowed is not None:
+            self._write_within(step, key_states, value_states)
+        else:
+            self._append(step, key_states, value_states)
+        return self.keys, self.values
+
+    def _append(self, step: Step, keys: Tensor, values: Tensor) -> None:
+        held, count = self.slots, step.count
+        if self.positions is not None or step.positions is not None:
+            new = self._new_positions(step)
+            self.positions = new if held == 0 else torch.cat([self._positions(held), new], dim=2)
+        self.keys = torch.cat([self.keys, keys], dim=2) if held else keys
+        self.values = torch.cat([self.values, values], dim=2) if held else values
+        for name, tensor in self.state.items():
+            self.state[name] = torch.nn.functional.pad(tensor, (0, count))
+
+    def _write_within(self, step: Step, keys: Tensor, values: Tensor) -> None:
+        """Decode within the budget: the lowest-ranked entry gives its slot to the new one."""
+        assert step.allowed is not None
+        if self.slots > max(step.allowed):
+            self.keep([allowed - 1 for allowed in step.allowed], [real - 1 for real in step.real])
+            held = [min(real, allowed) - 1 for real, allowed in zip(step.real, step.allowed, strict=True)]
+        else:
+            held = [min(real - 1, self.cache.policy.budget_tokens(real - 1)) for real in step.real]
+        grows = [before < allowed for before, allowed in zip(held, step.allowed, strict=True)]
+        if any(grow and before == self.slots for grow, before in zip(grows, held, strict=True)):
+            self._append(step, keys, values)
+            if not all(grows):  # rows at their budget give up an entry, which leaves an empty slot
+                self._ensure_positions()
+                victim = self._victim(step, [False] * len(grows), spare_last=True)
+                emptied = self.positions.gather(2, victim)
+                emptied[~torch.tensor(grows, device=self.device)] = EMPTY
+                self.positions = self.positions.scatter(2, victim, emptied)
+            return
+        self._ensure_positions()
+        victim = self._victim(step, grows)
+        where = victim[..., None]
+        self.keys.scatter_(2, where.expand(-1, -1, -1, self.keys.shape[3]), keys)
+        self.values.scatter_(2, where.expand(-1, -1, -1, self.values.shape[3]), values)
+        self.positions.scatter_(2, victim, self._new_positions(step))
+        for tensor in self.state.values():
+            tensor.scatter_(2, victim, 0)
+
+    def _victim(self, step: Step, grows: list[bool], spare_last: bool = False) -> Int[Tensor, "batch kv 1"]:
+        """The slot to give up in each head: an empty one where the row may grow, else the lowest-ranked."""
+        assert self.positions is not None and step.allowed is not None
+        policy = self.cache.policy
+        recent = per_row([policy.recent_tokens(allowed) for allowed in step.allowed], self.device)
+        spared = (self.positions < policy.sinks) | (self.positions >= step.rows(self.device) - recent)
+        rank = policy.score(self).masked_fill(spared, float("inf"))
+        if spare_last:
+            rank[..., -1] = float("inf")
+        if self.cache.padded:
+            take_empty = torch.tensor(grows, device=self.device)[:, None, None]
+            of_empty = torch.where(take_empty, float("-inf"), float("inf")).to(rank.dtype)
+            rank = torch.where(self.positions == EMPTY, of_empty, rank)
+        return rank.argmin(dim=2, keepdim=True)
+
+    def keep(self, budgets: list[int], real: list[int] | None = None) -> None:
+        """Drop all but the ``budgets[row]`` highest-ranked entries of each row's heads.
+
+        The first ``sinks`` tokens and the ``recent`` last ones rank above all others. ``real`` is the number of
+        real tokens seen per row (default: of the step in progress).
+        """
+        width = max(budgets)
+        if not self.is_initialized or width >= self.slots:
+            return
+        policy = self.cache.policy
+        seen = per_row(real or self.cache.real, self.device)
+        recent = per_row([policy.recent_tokens(budget) for budget in budgets], self.device)
+        positions = self._positions(self.slots)
+        rank = policy.score(self)
+        rank = torch.where(positions >= seen - recent, torch.finfo(rank.dtype).max, rank)
+        rank = rank.masked_fill(positions < policy.sinks, float("inf")).masked_fill(positions == EMPTY, float("-inf"))
+        order = rank.topk(width, dim=2).indices
+        if min(budgets) < width or self.cache.padded:
+            beyond = torch.arange(width, device=self.device) >= per_row(budgets, self.device)
+            order, moved = order.sort(dim=2)
+            beyond = beyond.expand_as(order).gather(2, moved)
+        else:
+            order, beyond = order.sort(dim=2).values, None
+        self._gather(order)
+        self.positions = positions.gather(2, order)
+        if beyond is not None:
+            self.positions = self.positions.masked_fill(beyond, EMPTY)
+
+    def _gather(self, slots: Int[Tensor, "batch kv kept"]) -> None:
+        index = slots[..., None]
+        self.keys = self.keys.gather(2, index.expand(-1, -1, -1, self.keys.shape[3]))
+        self.values = self.values.gather(2, index.expand(-1, -1, -1, self.values.shape[3]))
+        self.state = {name: tensor.gather(2, slots) for name, tensor in self.state.items()}
+
+    def _ensure_positions(self) -> None:
+        if self.positions is None:
+            self.positions = self._positions(self.slots).contiguous()
+
+    def _positions(self, count: int) -> Int[Tensor, "batch kv slots"]:
+        """Position of each held entry, made where it has been left implicit."""
+        if self.positions is not None:
+            return self.positions
+        batch, heads = self.keys.shape[:2]
+        return torch.arange(count, device=self.device, dtype=torch.int32).expand(batch, heads, count)
+
+    def _new_positions(self, step: Step) -> Int[Tensor, "batch kv count"]:
+        batch, heads = self.keys.shape[:2]
+        if step.positions is None:
+            new = torch.arange(step.start, step.start + step.count, device=self.device, dtype=torch.int32)
+        else:
+            new = step.positions.to(torch.int32)[:, None, :]
+        return new.expand(batch, heads, step.count)
+
+    def valid(self) -> Tensor | None:
+        """``(batch, kv_heads, slots)`` slots that hold an entry; ``None`` where all do."""
+        return self.positions != EMPTY if self.positions is not None and self.cache.padded else None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that the layer holds, by name."""
+        if not self.is_initialized:
+            return {}
+        held = {"keys": self.keys, "values": self.values}
+        if self.positions is not None:
+            held["positions"] = self.positions
+        return held | self.state
+
+    def _rewrite(self, change: Any) -> None:
+        if not self.is_initialized:
+            return
+        self.keys, self.values = change(self.keys), change(self.values)
+        if self.positions is not None:
+            self.positions = change(self.positions)
+        self.state = {name: change(tensor) for name, tensor in self.state.items()}
+
+    def get_seq_length(self) -> int:
+        """Tokens seen, not held: what comes next stands at this position."""
+        return self.seen
+
+    def get_query_offset(self) -> int:
+        return self.seen
+
+    def get_mask_sizes(self, query_length: Any) -> tuple[int, int]:
+        count = query_length if isinstance(query_length, int) else query_length.shape[0]
+        return self.seen + count, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def get_max_cache_shape(self) -> int:
+        return -1
+
+    def reset(self) -> None:
+        self.keys = self.values = self.positions = None
+        self.state, self.seen, self.is_initialized = {}, 0, False
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._rewrite(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._rewrite(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._rewrite(lambda tensor: tensor[indices])
+
+    def crop(self, tokens: int) -> None:
+        """Drop the last tokens (negative count, or the length to keep); only where nothing has been dropped."""
+        remove = -tokens if tokens < 0 else self.seen - tokens
+        if remove <= 0 or not self.is_initialized:
+            return
+        if self.slots != self.seen or self.cache.padded or self.state:
+            raise InputError("a cache that has dropped or ranked entries cannot be rolled back")
+        self._rewrite(lambda tensor: tensor[:, :, : self.seen - remove])
+        self.seen -= remove
+
+
+class KeptCache(Cache):
+    """A transformers cache whose layers hold only what ``policy`` keeps.
+
+    Made by :meth:`vestige.context.policy.Kept.new_cache`; pass it as ``past_key_values`` or let the attached
+    model make its own. ``get_seq_length()`` counts the tokens seen, so position ids stay those of the text.
+    """
+
+    def __init__(self, policy: Evict, layers: int) -> None:
+        self.policy = policy
+        self.frozen = False
+        self.step: Step | None = None
+        self.real: list[int] = []
+        self.padded = False
+        super().__init__(layers=[KeptLayer(self, index) for index in range(layers)])
+
+    def begin(self, batch: int, count: int, attention_mask: Tensor | None, device: torch.device) -> None:
+        """Work out, once for all layers, what the coming forward pass of ``count`` columns means.
+
+        Raises:
+            InputError: a mask that is not 2-D, or not as long as the columns seen and coming.
+        """
+        start = self.get_seq_length()
+        self.real = self.real or [0] * batch
+        fresh, positions, age, ends_real = [count] * batch, None, None, True
+        if attention_mask is not None:
+            if attention_mask.dim() != 2:
+                raise InputError(f"the cache needs a 2-D attention mask (batch, tokens), not {attention_mask.dim()}-D")
+            if attention_mask.shape[1] not in (count, start + count):
+                raise InputError(
+                    f"the attention mask has {attention_mask.shape[1]} columns; {start} tokens were seen and {count} come"
+                )
+            mask = attention_mask[:, -count:].to(device=device, dtype=torch.bool)
+            if count > 1 and not bool(mask.all()):
+                self.padded = True
+                fresh, ends_real = mask.sum(dim=1).tolist(), bool(mask[:, -1].all())
+            if self.padded:
+                before = torch.tensor(self.real, device=device)[:, None]
+                positions = torch.where(mask, before + mask.cumsum(dim=1) - 1, EMPTY)
+                age = mask.flip(1).cumsum(dim=1).flip(1) - mask.long()
+                age = torch.where(mask, age, torch.iinfo(torch.int32).max)
+        if age is None:
+            age = torch.arange(count - 1, -1, -1, device=device)
+        if self.padded and positions is None:
+            positions = torch.tensor(self.real, device=device)[:, None] + torch.arange(count, device=device)
+        self.real = [seen + new for seen, new in zip(self.real, fresh, strict=True)]
+        decoding = count == 1 and start > 0
+        allowed = None
+        if not self.frozen and self.policy.acts(decoding):
+            allowed = [self.policy.budget_tokens(real) for real in self.real]
+        self.step = Step(count, start, positions, age, fresh, list(self.real), allowed, ends_real)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of storage held by all layers."""
+        return sum(self.nbytes_by_part().values())
+
+    def nbytes_by_part(self) -> dict[str, int]:
+        """Bytes held, as ``keys``, ``values``, ``positions`` and ``state`` (what ranks the entries)."""
+        parts = {"keys": 0, "values": 0, "positions": 0, "state": 0}
+        for layer in self.layers:
+            for name, tensor in layer.tensors().items():
+                parts[name if name in parts else "state"] += tensor.untyped_storage().nbytes()
+        return parts
+
+    def positions(self, layer: int) -> Int[Tensor, "batch kv slots"]:
+        """Original position of every entry held in a layer, per head; -1 marks an empty slot."""
+        held = self.layers[layer]
+        if not held.is_initialized:
+            raise InputError("the cache is empty: run the model first")
+        return held._positions(held.slots).long()
+
+    def fork(self) -> KeptCache:
+        """An independent copy: what either does from here on leaves the other alone."""
+        twin = copy.copy(self)
+        twin.step, twin.real = None, list(self.real)
+        twin.layers = []
+        for layer in self.layers:
+            other = copy.copy(layer)
+            other.cache = twin
+            other._rewrite(lambda tensor: tensor.clone())
+            twin.layers.append(other)
+        return twin
+
+    def cut(self, budget: int | float) -> KeptCache:
+        """A copy that holds ``budget`` entries per head, ranked as the policy ranks them, and drops no more after.
+
+        One prefill under a budget of 1.0 (nothing dropped, everything ranked) so serves every budget.
+        """
+        twin = copy.copy(self)
+        twin.step, twin.real, twin.frozen = None, list(self.real), True
+        twin.policy = self.policy.replace(budget=budget)
+        twin.layers = []
+        budgets = [twin.policy.budget_tokens(real) for real in twin.real]
+        for layer in self.layers:
+            other = copy.copy(layer)
+            other.cache, other.state = twin, dict(layer.state)
+            other.keep(budgets)
+            if other.keys is layer.keys:
+                other._rewrite(lambda tensor: tensor.clone())
+            twin.layers.append(other)
+        return twin
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)
+        self.real = [self.real[i] for i in beam_idx.tolist()]
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        self.real = [real for real in self.real for _ in range(repeats)]
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        self.real = [self.real[i] for i in indices.tolist()]
+
+    def reset(self) -> None:
+        super().reset()
+        self.step, self.real, self.padded = None, [], False
+
+    def crop(self, max_length: int) -> None:
+        before = self.get_seq_length()
+        super().crop(max_length)
+        self.real = [real - (before - self.get_seq_length()) for real in self.real]
+
+
+def per_row(numbers: list[int], device: torch.device) -> Any:
+    """Numbers to compare with ``(batch, kv_heads, slots)``: one int where all rows agree, which costs no transfer."""
+    if min(numbers) == max(numbers):
+        return numbers[0]
+    return torch.tensor(numbers, device=device)[:, None, None]
+
+
+def budget_tokens(budget: int | float, seen: int) -> int:
+    """Entries that a budget allows after ``seen`` tokens: itself if in tokens, a rounded-up share if a fraction."""
+    return budget if isinstance(budget, int) else max(1, math.ceil(budget * seen))

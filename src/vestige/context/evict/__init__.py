@@ -1,0 +1,1 @@
+"""Policies that drop entries of the cache, one file each."""

@@ -1,0 +1,52 @@
+"""A2SF: accumulated attention that forgets, so that old and new entries compete fairly."""
+
+from __future__ import annotations
+
+import math
+from typing import ClassVar
+
+from torch import Tensor
+
+from vestige.context.policy import Evict
+from vestige.core.method import Paper, param
+
+__all__ = ["A2SF"]
+
+NEGLIGIBLE = 1e-8  # share of the total weight that the queries beyond the horizon may have
+
+
+class A2SF(Evict):
+    """Keep entries by attention accumulated with a forgetting factor.
+
+    Under a causal mask an early entry gathers attention from more queries than a late one, so plain accumulation
+    favours age. Each step multiplies what was gathered before by the factor *a*:
+
+        A[n, j] = sum over i <= n of a^(n - i) * S[i, j],
+
+    with *S* the attention weights summed over the query heads of a key-value head. With a factor of 1 it is H2O.
+    """
+
+    name = "a2sf"
+    paper = Paper(
+        title="A2SF: Accumulative Attention Scoring with Forgetting Factor for Token Pruning in Transformer Decoder",
+        year=2024,
+        arxiv="2407.20485",
+        code="https://github.com/Dirac-Notation/A2SF",
+        equations="the accumulative score with forgetting factor (section 3)",
+    )
+
+    forgetting: float = param(0.98, "factor on the attention gathered before, per token; 1 forgets nothing", gt=0, le=1)
+
+    needs_attention: ClassVar[bool] = True
+
+    def query_weights(self, age: Tensor) -> Tensor:
+        return self.forgetting ** age.float()
+
+    def carry(self, fresh: int) -> float:
+        return self.forgetting**fresh
+
+    def horizon(self) -> int | None:
+        """Queries beyond this age weigh, all together, less than float32 can tell."""
+        if self.forgetting == 1:
+            return None
+        return math.ceil(math.log(NEGLIGIBLE) / math.log(self.forgetting))

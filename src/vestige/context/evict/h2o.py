@@ -1,0 +1,40 @@
+"""H2O: keep the entries that have received the most attention, and the recent ones."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from vestige.context.policy import Evict
+from vestige.core.method import Paper
+
+__all__ = ["H2O"]
+
+
+class H2O(Evict):
+    """Keep heavy hitters: entries by attention accumulated over all queries, beside a recent window.
+
+    The score of entry *j* after query *n* is the sum over queries *i* <= *n* of the attention weight of *i* on
+    *j*, summed over the query heads that share the key-value head. Half of the budget is a recent window, as in
+    the paper.
+    """
+
+    name = "h2o"
+    paper = Paper(
+        title="H2O: Heavy-Hitter Oracle for Efficient Generative Inference of Large Language Models",
+        year=2023,
+        arxiv="2306.14048",
+        venue="NeurIPS 2023",
+        code="https://github.com/FMInference/H2O",
+        equations="Definition 4.1 and Algorithm 1 (greedy eviction by accumulated attention)",
+    )
+
+    needs_attention: ClassVar[bool] = True
+
+    def query_weights(self, age: Tensor) -> Tensor:
+        return torch.ones(age.shape, device=age.device)
+
+    def carry(self, fresh: int) -> float:
+        return 1.0

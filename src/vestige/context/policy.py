@@ -1,0 +1,293 @@
+"""What a cache policy is, and how it is attached to a model.
+
+A policy that evicts is three things, kept apart: a *score* that ranks the entries of a head (the
+subclass), a *budget* (tokens, or a share of the tokens seen), and a *schedule* (after each chunk of the
+prompt, while decoding, or both). Attached to a model, it makes the model's caches hold only what it keeps.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import weakref
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any, ClassVar, Literal, Self
+
+import torch
+from torch import Tensor, nn
+
+from vestige.context.attention import attend
+from vestige.context.cache import KeptCache, KeptLayer, budget_tokens
+from vestige.core.anatomy import Anatomy
+from vestige.core.method import Method, param
+from vestige.core.patch import Patch
+from vestige.errors import InputError, PatchError, SpecError, UnsupportedModelError
+
+__all__ = ["CachePolicy", "Evict", "Kept"]
+
+ATTENTION = "vestige"  # name under which attention is registered while a policy is attached
+
+
+class CachePolicy(Method):
+    """A method that decides what generation keeps of its context."""
+
+    def attach(self, model: nn.Module) -> Kept:
+        """Make ``model`` keep only what the policy allows, until the returned :class:`Kept` is left or undone.
+
+        Raises:
+            UnsupportedModelError: the model is no causal decoder that Vestige knows.
+            PatchConflictError: another policy is attached.
+        """
+        raise NotImplementedError
+
+
+class Evict(CachePolicy):
+    """A policy that drops entries for good."""
+
+    budget: int | float = param(
+        1024, "entries kept per head: tokens (int), or a share of the tokens seen (float)", gt=0
+    )
+    sinks: int = param(0, "first tokens of the text that are always kept", ge=0)
+    recent: int | float = param(0.5, "last tokens that are always kept: tokens (int), or a share of the budget", ge=0)
+    when: Literal["both", "prefill", "decoding"] = param("both", "drop after prompt chunks, while decoding, or both")
+
+    needs_attention: ClassVar[bool] = False
+
+    def check(self) -> None:
+        if isinstance(self.budget, float) and self.budget > 1:
+            raise SpecError(
+                f"{self.name}: parameter 'budget' is {self.budget!r}; a share is at most 1.0 (tokens are an int)"
+            )
+        if isinstance(self.recent, float) and self.recent > 1:
+            raise SpecError(
+                f"{self.name}: parameter 'recent' is {self.recent!r}; a share is at most 1.0 (tokens are an int)"
+            )
+        if isinstance(self.budget, int):
+            fixed = self.recent if isinstance(self.recent, int) else 0
+            if self.budget < self.sinks + fixed:
+                raise SpecError(
+                    f"{self.name}: parameter 'budget' is {self.budget}; it must hold sinks + recent = {self.sinks + fixed}"
+                )
+
+    def score(self, entries: KeptLayer) -> Tensor:
+        """Rank of every entry, ``(batch, kv_heads, slots)`` floating point; the highest are kept."""
+        return entries.state["mass"]
+
+    def query_weights(self, age: Tensor) -> Tensor:
+        """Weight of a query's attention in the mass of the entries, given the number of queries after it."""
+        raise NotImplementedError
+
+    def carry(self, fresh: int) -> float:
+        """Factor on the mass gathered before, when ``fresh`` queries have come since."""
+        raise NotImplementedError
+
+    def horizon(self) -> int | None:
+        """How many of the latest queries carry any weight; ``None`` for all."""
+        return None
+
+    def budget_tokens(self, seen: int) -> int:
+        """Entries allowed per head after ``seen`` tokens."""
+        return budget_tokens(self.budget, seen)
+
+    def recent_tokens(self, allowed: int) -> int:
+        """Last tokens that are kept in any case, of ``allowed`` entries."""
+        wanted = self.recent if isinstance(self.recent, int) else math.floor(self.recent * allowed)
+        return max(0, min(wanted, allowed - self.sinks))
+
+    def acts(self, decoding: bool) -> bool:
+        """Whether entries are dropped in a pass of this kind."""
+        return self.budget != 1.0 and self.when in ("both", "decoding" if decoding else "prefill")
+
+    def attach(self, model: nn.Module) -> Kept:
+        return Kept(model, self)
+
+
+class Kept:
+    """A policy attached to a model: what the model's cache holds, until undone.
+
+    Made by :meth:`CachePolicy.attach`; a context manager. The model makes its own kept cache whenever it would
+    have made a cache; :meth:`new_cache` makes one to pass as ``past_key_values``.
+    """
+
+    def __init__(self, model: nn.Module, policy: Evict) -> None:
+        anatomy = Anatomy.of(model)
+        if not anatomy.causal:
+            raise UnsupportedModelError(
+                f"{policy.name} needs a causal decoder with a cache; {anatomy.architecture} is none"
+            )
+        self.policy, self.anatomy = policy, anatomy
+        self.cache: KeptCache | None = None
+        self._running: KeptCache | None = None
+        self._watchers: list[Callable[..., None]] = []
+        self._own = _OwnAttention(anatomy)
+        self._patch = Patch(model, policy.name, claims={"kv-cache"})
+        self._patch.attention(ATTENTION, _attention, _mask, part=anatomy.base)
+        self._patch.hook(anatomy.base, self._before, kind="forward_pre", with_kwargs=True)
+        self._patch.hook(anatomy.base, self._after, kind="forward")
+        for layer in anatomy.layers:
+            _attached[layer.attention] = self
+
+    def new_cache(self) -> KeptCache:
+        """An empty cache that keeps what the policy keeps."""
+        return KeptCache(self.policy, self.anatomy.num_layers)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of storage that the latest cache holds (0 before the first pass)."""
+        return self.cache.nbytes if self.cache is not None else 0
+
+    @property
+    def nbytes_by_part(self) -> dict[str, int]:
+        """Those bytes by part: ``keys``, ``values``, ``positions``, ``state``."""
+        return self.cache.nbytes_by_part() if self.cache is not None else {}
+
+    def positions(self, layer: int) -> Tensor:
+        """Original positions held in a layer, ``(batch, kv_heads, slots)``; -1 marks an empty slot.
+
+        Raises:
+            InputError: nothing has been run yet, or there is no such layer.
+        """
+        if self.cache is None:
+            raise InputError("the cache is empty: run the model first")
+        if not 0 <= layer < len(self.cache.layers):
+            raise InputError(f"layer {layer} is not there; the model has layers 0 to {len(self.cache.layers) - 1}")
+        return self.cache.positions(layer)
+
+    def watch(self, function: Callable[..., None]) -> _Watch:
+        """Call ``function(layer, query, keys, positions, scaling)`` at every attention, before entries are dropped.
+
+        ``query`` is ``(batch, heads, count, dim)``; ``keys`` ``(batch, kv_heads, slots, dim)`` end with the new
+        entries (when decoding within a budget the new one stands in the slot it was given); ``positions`` is
+        ``(batch, kv_heads, slots)`` or ``None`` while slot *i* holds token *i*.
+        """
+        self._watchers.append(function)
+        return _Watch(self._watchers, function)
+
+    def undo(self) -> None:
+        """Give the model back as it was. The cache stays readable."""
+        self._patch.undo()
+        self._running = None
+        for layer in self.anatomy.layers:
+            if _attached.get(layer.attention) is self:
+                del _attached[layer.attention]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.undo()
+
+    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+        """Put a kept cache where the model would use one of its own, and tell it what comes."""
+        cache = kwargs.get("past_key_values")
+        uses_cache = kwargs.get("use_cache")
+        if uses_cache is None:
+            uses_cache = getattr(self.anatomy.config, "use_cache", False) and not module.training
+        if not isinstance(cache, KeptCache):
+            if cache is not None and cache.get_seq_length() > 0:
+                raise PatchError(
+                    f"{self.policy.name} is attached, but the cache passed was filled without it; "
+                    "pass one of Kept.new_cache(), or none"
+                )
+            if not (uses_cache or cache is not None):
+                self._running = None
+                return None
+            cache = self.new_cache()
+        inputs = kwargs.get("input_ids")
+        if inputs is None:
+            inputs = kwargs.get("inputs_embeds")
+        if inputs is None:
+            inputs = args[0]
+        cache.begin(inputs.shape[0], inputs.shape[1], kwargs.get("attention_mask"), inputs.device)
+        self.cache = self._running = cache
+        return args, {**kwargs, "past_key_values": cache, "use_cache": True}
+
+    def _after(self, module: nn.Module, args: Any, output: Any) -> None:
+        self._running = None
+
+    def _untouched(self) -> bool:
+        """Whether the model's own attention can serve: no kept cache, or one from which nothing can be missing."""
+        cache = self._running
+        return cache is None or (not cache.policy.needs_attention and cache.policy.budget == 1.0 and not cache.frozen)
+
+    def _attend(
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        cache = self._running
+        if cache is None or self._untouched():
+            if cache is not None and self._watchers:
+                layer = cache.layers[module.layer_idx]
+                for watcher in self._watchers:
+                    watcher(layer.index, query, layer.keys, layer.positions, _scaling(query, kwargs.get("scaling")))
+            return self._own.function(module)(module, query, key, value, attention_mask, **kwargs)
+        assert cache.step is not None
+        return attend(
+            module,
+            query,
+            cache.layers[module.layer_idx],
+            scaling=_scaling(query, kwargs.pop("scaling", None)),
+            policy=cache.policy,
+            step=cache.step,
+            watchers=self._watchers,
+            **kwargs,
+        )
+
+
+# Which attachment an attention module belongs to. The functions that transformers calls are global, and one
+# name serves every model, so they find their attachment here.
+_attached: weakref.WeakKeyDictionary[nn.Module, Kept] = weakref.WeakKeyDictionary()
+
+
+def _attention(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+    kept = _attached.get(module)
+    if kept is None:  # a model that shares the config object of the one attached
+        owner = _of_config(module.config)
+        return owner._own.function(module)(module, *args, **kwargs)
+    return kept._attend(module, *args, **kwargs)
+
+
+def _mask(*args: Any, config: Any = None, **kwargs: Any) -> Any:
+    kept = _of_config(config)
+    return kept._own.mask(*args, config=config, **kwargs) if kept._untouched() else None
+
+
+def _of_config(config: Any) -> Kept:
+    """The attachment of a config; of several models that share it, the one that is running."""
+    found = {id(kept): kept for kept in _attached.values() if kept.anatomy.config is config}
+    return max(found.values(), key=lambda kept: kept._running is not None)
+
+
+def _scaling(query: Tensor, given: float | None) -> float:
+    return query.shape[-1] ** -0.5 if given is None else given
+
+
+class _Watch:
+    """A watcher that can be taken off again."""
+
+    def __init__(self, watchers: list[Callable[..., None]], function: Callable[..., None]) -> None:
+        self._watchers, self._function = watchers, function
+
+    def remove(self) -> None:
+        if self._function in self._watchers:
+            self._watchers.remove(self._function)
+
+
+class _OwnAttention:
+    """The attention and mask functions that the model used before."""
+
+    def __init__(self, anatomy: Anatomy) -> None:
+        from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+        name = anatomy.config._attn_implementation or "eager"
+        self._function = ALL_ATTENTION_FUNCTIONS.get(name)
+        self.mask = ALL_MASK_ATTENTION_FUNCTIONS[name]
+
+    def function(self, module: nn.Module) -> Callable[..., Any]:
+        """Registered ones by name; the eager one stands in the file that defines the attention module."""
+        if self._function is not None:
+            return self._function
+        return sys.modules[type(module).__module__].eager_attention_forward

@@ -1,0 +1,1 @@
+"""How a layer reads its past: mixers, channel mixers, norms, and the kernels under them."""
