@@ -1,0 +1,1 @@
+"""Measuring what remains: tasks, probes, studies, references, claims, certificates, audits and reports."""

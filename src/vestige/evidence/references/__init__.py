@@ -1,0 +1,24 @@
+"""Slow, readable implementations of the papers' equations in float64.
+
+The module ``vestige.evidence.references.<slug>`` (third parties: the entry point group ``vestige.references``)
+holds the reference of one method. It is written to be read beside the paper: no batching, no caching, no
+numerical device that the equations do not need. The functions that it must offer are fixed by the family:
+
+- cache policies (room ``context``): ``simulate(query, key, value, chunks, ..., **hyper-parameters) -> Trace``;
+  see :mod:`vestige.evidence.references.caching`.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+from vestige.evidence.slugs import module_of
+
+__all__ = ["reference_of"]
+
+ENTRY_POINTS = "vestige.references"
+
+
+def reference_of(name: str) -> ModuleType | None:
+    """The reference module of a method, or ``None`` where there is none."""
+    return module_of(__name__, name, ENTRY_POINTS)

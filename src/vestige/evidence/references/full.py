@@ -1,0 +1,47 @@
+"""The whole cache: every token attends to all before it, and nothing is dropped."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor
+
+from vestige.evidence.references.caching import Trace, follow
+
+__all__ = ["simulate"]
+
+
+def simulate(
+    query: Float[Tensor, "heads T dim"],
+    key: Float[Tensor, "kv T dim"],
+    value: Float[Tensor, "kv T dim"],
+    chunks: Sequence[int],
+    *,
+    scaling: float | None = None,
+    window: int | None = None,
+    **budgets: Any,
+) -> Trace:
+    """Plain causal attention, whatever the budgets say.
+
+    See :func:`~vestige.evidence.references.caching.follow` for the arguments.
+    """
+
+    def first_come(S: Float[Tensor, "n n"]) -> Float[Tensor, " n"]:
+        return S.sum(dim=0)
+
+    everything = sum(chunks)
+    return follow(
+        query,
+        key,
+        value,
+        chunks,
+        first_come,
+        budget=everything,
+        sinks=0,
+        recent=0,
+        when="both",
+        scaling=scaling,
+        window=window,
+    )
