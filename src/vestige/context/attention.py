@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from vestige.errors import UnsupportedModelError
-from vestige.layers.ops.attention_mass import attention_mass, grouped, visible
+from vestige.layers.ops.attention_mass import attention_mass, grouped, visible, within
 
 if TYPE_CHECKING:
     from vestige.context.cache import KeptLayer, Step
@@ -53,7 +53,7 @@ def attend(
             raise UnsupportedModelError(f"attention with {name!r} is not supported by cache policies")
     for watcher in watchers:
         watcher(layer.index, query, layer.keys, layer.positions, scaling)
-    if sliding_window is not None and layer.slots <= sliding_window:
+    if sliding_window is not None and layer.seen <= sliding_window:
         sliding_window = None
     if step.decoding:
         output = _attend_one(module, query, layer, scaling, policy, step, softcap, sliding_window)
@@ -114,7 +114,9 @@ def _attend_chunk(
     for first in range(0, count, QUERY_BLOCK):
         last = min(first + QUERY_BLOCK, count)
         shown = entries - count + last
-        mask = visible(first, last, count, entries, query.device, window)[None, None]
+        mask = visible(first, last, count, entries, query.device)[None, None]
+        if window is not None:
+            mask = mask & within(layer._positions(entries), first, last, count, window)
         if valid is not None:
             mask = mask & valid[:, :, None, :shown]
         rows, keys, values = query[:, :, first:last], layer.keys[:, :, :shown], layer.values[:, :, :shown]
@@ -152,6 +154,7 @@ def _observe_chunk(
         valid=layer.valid(),
         softcap=softcap,
         window=window,
+        positions=None if window is None else layer._positions(layer.slots),
     )
     mass = layer.state.get("mass")
     if mass is not None:

@@ -206,6 +206,8 @@ class Kept:
         return args, {**kwargs, "past_key_values": cache, "use_cache": True}
 
     def _after(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self._running is not None:
+            self._running.step = None  # what it holds is no part of the cache, and would stay with it
         self._running = None
 
     def _untouched(self) -> bool:

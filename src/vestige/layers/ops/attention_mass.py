@@ -11,10 +11,10 @@ forgetting factor (decayed), one for the last *W* queries (windowed). So one ope
 from __future__ import annotations
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-__all__ = ["attention_mass", "grouped", "visible"]
+__all__ = ["attention_mass", "grouped", "visible", "within"]
 
 BLOCK_BYTES = 64 * 2**20  # one block of float32 probabilities
 
@@ -27,18 +27,23 @@ def grouped(
     return query.view(batch, kv_heads, heads // kv_heads, length, dim)
 
 
-def visible(
-    first: int, last: int, length: int, entries: int, device: torch.device, window: int | None = None
-) -> Bool[Tensor, "queries keys"]:
-    """Which keys the queries ``first..last`` of a chunk may see: the chunk's ``length`` queries are the last keys.
-
-    ``window`` limits sight to the most recent ``window`` keys, counted with the query itself.
-    """
+def visible(first: int, last: int, length: int, entries: int, device: torch.device) -> Bool[Tensor, "queries keys"]:
+    """Which keys the queries ``first..last`` of a chunk may see: the chunk's ``length`` queries are the last keys."""
     held = entries - length
     queries = torch.arange(held + first, held + last, device=device)[:, None]
-    keys = torch.arange(held + last, device=device)[None, :]
-    seen = keys <= queries
-    return seen if window is None else seen & (keys > queries - window)
+    return torch.arange(held + last, device=device)[None, :] <= queries
+
+
+def within(
+    positions: Int[Tensor, "batch kv entries"], first: int, last: int, length: int, window: int
+) -> Bool[Tensor, "batch kv queries keys"]:
+    """Which keys lie within the window of the queries ``first..last``, by position: among the last ``window`` tokens.
+
+    Entries may be missing between them, so slots do not tell.
+    """
+    held = positions.shape[-1] - length
+    queries = positions[..., held + first : held + last, None]
+    return positions[..., None, : held + last] > queries - window
 
 
 def attention_mass(
@@ -50,6 +55,7 @@ def attention_mass(
     valid: Bool[Tensor, "batch kv entries"] | None = None,
     softcap: float | None = None,
     window: int | None = None,
+    positions: Int[Tensor, "batch kv entries"] | None = None,
 ) -> Float[Tensor, "batch kv entries"]:
     """Attention that each key receives from the queries of its group, each query weighted.
 
@@ -62,7 +68,8 @@ def attention_mass(
         scaling: factor of the logits.
         valid: entries that exist; the others get no attention.
         softcap: ``softcap * tanh(logits / softcap)``, as Gemma 2 applies it.
-        window: sliding window in tokens (only for a cache that has dropped nothing).
+        window: sliding window in tokens, counted with the query itself.
+        positions: of the keys in the text, which a window is counted in; needed with ``window``.
 
     Returns:
         float32 (float64 for float64 input) sums over the queries and over the query heads of each group.
@@ -84,17 +91,17 @@ def attention_mass(
         logits = rows @ keys_t[..., :shown]
         if softcap is not None:
             logits = softcap * torch.tanh(logits / softcap)
-        logits = logits.unflatten(2, (group, last - first))
+        by_head = logits.view(batch, kv_heads, group, last - first, shown)
         if window is not None:
-            logits.masked_fill_(~visible(first, last, length, entries, query.device, window), float("-inf"))
-        elif last - first > 1:  # only the block's own keys can lie ahead of a query
+            assert positions is not None
+            by_head.masked_fill_(~within(positions, first, last, length, window)[:, :, None], float("-inf"))
+        if last - first > 1:  # only the block's own keys can lie ahead of a query
             own = torch.ones(last - first, last - first, dtype=torch.bool, device=query.device)
-            logits[..., shown - (last - first) :].masked_fill_(own.triu_(1), float("-inf"))
+            by_head[..., shown - (last - first) :].masked_fill_(own.triu_(1), float("-inf"))
         if valid is not None:
-            logits.masked_fill_(~valid[:, :, None, None, :shown], float("-inf"))
-        # A row of padding may see nothing at all: its NaN must not reach the sum.
+            logits.masked_fill_(~valid[:, :, None, :shown], float("-inf"))
         share = torch.softmax(logits, dim=-1)
         if valid is not None:
-            share = share.nan_to_num_()
-        mass[..., :shown] += torch.einsum("bhgqk,bq->bhk", share, weights[:, first:last])
+            share.nan_to_num_()  # a row of padding may see nothing at all
+        mass[..., :shown] += (weights[:, None, None, first:last].repeat(1, 1, 1, group) @ share).squeeze(2)
     return mass
