@@ -9,6 +9,7 @@ attention, unchanged.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from vestige.context.cache import KeptLayer, Step
     from vestige.context.policy import Evict
 
-__all__ = ["attend"]
+__all__ = ["Look", "attend"]
 
 QUERY_BLOCK = 1024  # queries attended at once where a mask must be written out
 
@@ -55,12 +56,13 @@ def attend(
         watcher(layer.index, query, layer.keys, layer.positions, scaling)
     if sliding_window is not None and layer.seen <= sliding_window:
         sliding_window = None
+    policy.present(layer, step)
     if step.decoding:
         output = _attend_one(module, query, layer, scaling, policy, step, softcap, sliding_window)
     else:
         output = _attend_chunk(module, query, layer, scaling, softcap, sliding_window)
-        if policy.needs_attention:
-            _observe_chunk(query, layer, scaling, policy, step, softcap, sliding_window)
+        look = Look(query, scaling, softcap, sliding_window)
+        policy.observe(layer, look, step)
         if step.allowed is not None:
             layer.keep(step.allowed)
     return output, None
@@ -90,9 +92,7 @@ def _attend_one(
     share = _shares(query, layer.keys, scaling, softcap, None if valid is None else valid[:, :, None, None, :])
     output = (share.to(query.dtype).flatten(2, 3) @ layer.values).flatten(1, 2)[:, None]
     if policy.needs_attention:
-        mass = layer.state.get("mass")
-        received = share.sum(dim=(2, 3))
-        layer.state["mass"] = received if mass is None else mass.mul_(policy.carry(1)).add_(received)
+        policy.receive(layer, share.squeeze(3), step)
     return output
 
 
@@ -131,36 +131,39 @@ def _attend_chunk(
     return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=1)
 
 
-def _observe_chunk(
-    query: Tensor,
-    layer: KeptLayer,
-    scaling: float,
-    policy: Evict,
-    step: Step,
-    softcap: float | None,
-    window: int | None,
-) -> None:
-    """Add the attention of a chunk's queries to the mass of every entry."""
-    horizon = policy.horizon() if step.ends_real else None
-    late = slice(-min(horizon or step.count, step.count), None)
-    weights = policy.query_weights(step.age[..., late])
-    if step.positions is not None:
-        weights = weights * (step.positions[:, late] >= 0)
-    received = attention_mass(
-        query[:, :, late],
-        layer.keys,
-        weights,
-        scaling=scaling,
-        valid=layer.valid(),
-        softcap=softcap,
-        window=window,
-        positions=None if window is None else layer._positions(layer.slots),
-    )
-    mass = layer.state.get("mass")
-    if mass is not None:
-        carry = [policy.carry(fresh) for fresh in step.fresh]
-        received += mass * torch.tensor(carry, device=mass.device, dtype=mass.dtype)[:, None, None]
-    layer.state["mass"] = received
+@dataclass(frozen=True)
+class Look:
+    """How the queries of a chunk looked at a layer's entries: what a policy is given to rank the entries by.
+
+    Attributes:
+        query: ``(batch, heads, count, dim)``.
+        scaling, softcap, window: of the model's attention.
+    """
+
+    query: Tensor
+    scaling: float
+    softcap: float | None
+    window: int | None
+
+    def mass(self, layer: KeptLayer, weights: Tensor, step: Step) -> Tensor:
+        """Attention that each entry received, ``(batch, kv_heads, slots)``; see :func:`attention_mass`.
+
+        ``weights`` ``(count,)`` or ``(batch, count)`` are those of the last queries of the chunk (all, or fewer);
+        padding weighs nothing whatever they say.
+        """
+        late = slice(-weights.shape[-1], None)
+        if step.positions is not None:
+            weights = weights * (step.positions[:, late] >= 0)
+        return attention_mass(
+            self.query[:, :, late],
+            layer.keys,
+            weights,
+            scaling=self.scaling,
+            valid=layer.valid(),
+            softcap=self.softcap,
+            window=self.window,
+            positions=None if self.window is None else layer._positions(layer.slots),
+        )
 
 
 def _shares(query: Tensor, keys: Tensor, scaling: float, softcap: float | None, valid: Tensor | None) -> Tensor:

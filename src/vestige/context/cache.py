@@ -72,6 +72,7 @@ class KeptLayer(CacheLayerMixin):
         keys, values: ``(batch, kv_heads, slots, dim)``.
         positions: ``(batch, kv_heads, slots)`` int32, or ``None`` while slot *i* simply holds token *i*.
         state: per-entry tensors of the policy, ``(batch, kv_heads, slots)`` each; they move with the entries.
+        aside: other tensors of the policy, batch first, which belong to no single entry.
     """
 
     is_sliding = False
@@ -81,6 +82,7 @@ class KeptLayer(CacheLayerMixin):
         self.cache, self.index = cache, index
         self.positions: Tensor | None = None
         self.state: dict[str, Tensor] = {}
+        self.aside: dict[str, Tensor] = {}
         self.seen = 0
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -224,7 +226,7 @@ class KeptLayer(CacheLayerMixin):
         held = {"keys": self.keys, "values": self.values}
         if self.positions is not None:
             held["positions"] = self.positions
-        return held | self.state
+        return held | self.state | self.aside
 
     def _rewrite(self, change: Any) -> None:
         if not self.is_initialized:
@@ -233,6 +235,7 @@ class KeptLayer(CacheLayerMixin):
         if self.positions is not None:
             self.positions = change(self.positions)
         self.state = {name: change(tensor) for name, tensor in self.state.items()}
+        self.aside = {name: change(tensor) for name, tensor in self.aside.items()}
 
     def get_seq_length(self) -> int:
         """Tokens seen, not held: what comes next stands at this position."""
@@ -253,7 +256,7 @@ class KeptLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         self.keys = self.values = self.positions = None
-        self.state, self.seen, self.is_initialized = {}, 0, False
+        self.state, self.aside, self.seen, self.is_initialized = {}, {}, 0, False
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self._rewrite(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
@@ -304,7 +307,8 @@ class KeptCache(Cache):
                 raise InputError(f"the cache needs a 2-D attention mask (batch, tokens), not {attention_mask.dim()}-D")
             if attention_mask.shape[1] not in (count, start + count):
                 raise InputError(
-                    f"the attention mask has {attention_mask.shape[1]} columns; {start} tokens were seen and {count} come"
+                    f"the attention mask has {attention_mask.shape[1]} columns; "
+                    f"{start} tokens were seen and {count} come"
                 )
             mask = attention_mask[:, -count:].to(device=device, dtype=torch.bool)
             if count > 1 and not bool(mask.all()):
@@ -370,10 +374,12 @@ class KeptCache(Cache):
         budgets = [twin.policy.budget_tokens(real) for real in twin.real]
         for layer in self.layers:
             other = copy.copy(layer)
-            other.cache, other.state = twin, dict(layer.state)
+            other.cache, other.state, other.aside = twin, dict(layer.state), dict(layer.aside)
             other.keep(budgets)
             if other.keys is layer.keys:
                 other._rewrite(lambda tensor: tensor.clone())
+            else:
+                other.aside = {name: tensor.clone() for name, tensor in layer.aside.items()}
             twin.layers.append(other)
         return twin
 
@@ -399,7 +405,7 @@ class KeptCache(Cache):
         self.real = [real - (before - self.get_seq_length()) for real in self.real]
 
 
-def per_row(numbers: list[int], device: torch.device) -> Any:
+def per_row(numbers: list[int] | list[float], device: torch.device) -> Any:
     """Numbers to compare with ``(batch, kv_heads, slots)``: one int where all rows agree, which costs no transfer."""
     if min(numbers) == max(numbers):
         return numbers[0]

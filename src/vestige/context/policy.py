@@ -14,17 +14,16 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any, ClassVar, Literal, Self
 
-import torch
 from torch import Tensor, nn
 
-from vestige.context.attention import attend
-from vestige.context.cache import KeptCache, KeptLayer, budget_tokens
+from vestige.context.attention import Look, attend
+from vestige.context.cache import KeptCache, KeptLayer, Step, budget_tokens, per_row
 from vestige.core.anatomy import Anatomy
 from vestige.core.method import Method, param
 from vestige.core.patch import Patch
 from vestige.errors import InputError, PatchError, SpecError, UnsupportedModelError
 
-__all__ = ["CachePolicy", "Evict", "Kept"]
+__all__ = ["AttentionMass", "CachePolicy", "Evict", "Kept"]
 
 ATTENTION = "vestige"  # name under which attention is registered while a policy is attached
 
@@ -52,7 +51,7 @@ class Evict(CachePolicy):
     recent: int | float = param(0.5, "last tokens that are always kept: tokens (int), or a share of the budget", ge=0)
     when: Literal["both", "prefill", "decoding"] = param("both", "drop after prompt chunks, while decoding, or both")
 
-    needs_attention: ClassVar[bool] = False
+    needs_attention: ClassVar[bool] = False  # whether receive() is to be called
 
     def check(self) -> None:
         if isinstance(self.budget, float) and self.budget > 1:
@@ -67,24 +66,23 @@ class Evict(CachePolicy):
             fixed = self.recent if isinstance(self.recent, int) else 0
             if self.budget < self.sinks + fixed:
                 raise SpecError(
-                    f"{self.name}: parameter 'budget' is {self.budget}; it must hold sinks + recent = {self.sinks + fixed}"
+                    f"{self.name}: parameter 'budget' is {self.budget}; "
+                    f"it must hold sinks + recent = {self.sinks + fixed}"
                 )
 
     def score(self, entries: KeptLayer) -> Tensor:
         """Rank of every entry, ``(batch, kv_heads, slots)`` floating point; the highest are kept."""
-        return entries.state["mass"]
-
-    def query_weights(self, age: Tensor) -> Tensor:
-        """Weight of a query's attention in the mass of the entries, given the number of queries after it."""
         raise NotImplementedError
 
-    def carry(self, fresh: int) -> float:
-        """Factor on the mass gathered before, when ``fresh`` queries have come since."""
-        raise NotImplementedError
+    def observe(self, entries: KeptLayer, look: Look, step: Step) -> None:
+        """Take note of how a chunk's queries looked at the entries, the chunk's own included; before entries go."""
 
-    def horizon(self) -> int | None:
-        """How many of the latest queries carry any weight; ``None`` for all."""
-        return None
+    def receive(self, entries: KeptLayer, share: Tensor, step: Step) -> None:
+        """Take note of one token's attention weights, ``(batch, kv_heads, group, slots)``; asked for by
+        ``needs_attention``."""
+
+    def present(self, entries: KeptLayer, step: Step) -> None:
+        """Make the entries ready to be attended to; the new ones are among them."""
 
     def budget_tokens(self, seen: int) -> int:
         """Entries allowed per head after ``seen`` tokens."""
@@ -101,6 +99,41 @@ class Evict(CachePolicy):
 
     def attach(self, model: nn.Module) -> Kept:
         return Kept(model, self)
+
+
+class AttentionMass(Evict):
+    """A policy that ranks entries by the attention they have received, each query's weighted by its age."""
+
+    needs_attention: ClassVar[bool] = True
+
+    def query_weights(self, age: Tensor) -> Tensor:
+        """Weight of a query's attention in the mass of the entries, given the number of queries after it."""
+        raise NotImplementedError
+
+    def carry(self, fresh: int) -> float:
+        """Factor on the mass gathered before, when ``fresh`` queries have come since."""
+        raise NotImplementedError
+
+    def horizon(self) -> int | None:
+        """How many of the latest queries carry any weight; ``None`` for all."""
+        return None
+
+    def score(self, entries: KeptLayer) -> Tensor:
+        return entries.state["mass"]
+
+    def observe(self, entries: KeptLayer, look: Look, step: Step) -> None:
+        horizon = self.horizon() if step.ends_real else None
+        late = slice(-min(horizon or step.count, step.count), None)
+        received = look.mass(entries, self.query_weights(step.age[..., late]), step)
+        mass = entries.state.get("mass")
+        if mass is not None:
+            received += mass * per_row([self.carry(fresh) for fresh in step.fresh], mass.device)
+        entries.state["mass"] = received
+
+    def receive(self, entries: KeptLayer, share: Tensor, step: Step) -> None:
+        received = share.sum(dim=2)
+        mass = entries.state.get("mass")
+        entries.state["mass"] = received if mass is None else mass.mul_(self.carry(1)).add_(received)
 
 
 class Kept:
@@ -213,7 +246,11 @@ class Kept:
     def _untouched(self) -> bool:
         """Whether the model's own attention can serve: no kept cache, or one from which nothing can be missing."""
         cache = self._running
-        return cache is None or (not cache.policy.needs_attention and cache.policy.budget == 1.0 and not cache.frozen)
+        if cache is None:
+            return True
+        policy = cache.policy
+        looks = policy.needs_attention or type(policy).observe is not Evict.observe
+        return policy.budget == 1.0 and not cache.frozen and not looks
 
     def _attend(
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-from typing import ClassVar
 
 from torch import Tensor
 
-from vestige.context.policy import Evict
+from vestige.context.policy import AttentionMass
 from vestige.core.method import Paper, param
 
 __all__ = ["A2SF"]
@@ -15,7 +14,7 @@ __all__ = ["A2SF"]
 NEGLIGIBLE = 1e-8  # share of the total weight that the queries beyond the horizon may have
 
 
-class A2SF(Evict):
+class A2SF(AttentionMass):
     """Keep entries by attention accumulated with a forgetting factor.
 
     Under a causal mask an early entry gathers attention from more queries than a late one, so plain accumulation
@@ -36,8 +35,6 @@ class A2SF(Evict):
     )
 
     forgetting: float = param(0.98, "factor on the attention gathered before, per token; 1 forgets nothing", gt=0, le=1)
-
-    needs_attention: ClassVar[bool] = True
 
     def query_weights(self, age: Tensor) -> Tensor:
         return self.forgetting ** age.float()

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import torch
 from torch import Tensor
 
-from vestige.context.policy import Evict
+from vestige.context.policy import AttentionMass
 from vestige.core.method import Paper
 
 __all__ = ["H2O"]
 
 
-class H2O(Evict):
+class H2O(AttentionMass):
     """Keep heavy hitters: entries by attention accumulated over all queries, beside a recent window.
 
     The score of entry *j* after query *n* is the sum over queries *i* <= *n* of the attention weight of *i* on
@@ -30,8 +28,6 @@ class H2O(Evict):
         code="https://github.com/FMInference/H2O",
         equations="Definition 4.1 and Algorithm 1 (greedy eviction by accumulated attention)",
     )
-
-    needs_attention: ClassVar[bool] = True
 
     def query_weights(self, age: Tensor) -> Tensor:
         return torch.ones(age.shape, device=age.device)
