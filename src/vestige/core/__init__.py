@@ -1,6 +1,31 @@
-"""The contract: methods and their registry, undoable patches, one view of any model, the ledger."""
+"""The contract: methods and their registry, undoable patches, one view of any model, the ledger.
+
+What needs torch is imported when it is first asked for.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 from vestige.core.method import Method, Paper, Verdict, param
 from vestige.core.registry import MethodCard, method, methods, registry
 
-__all__ = ["Method", "MethodCard", "Paper", "Verdict", "method", "methods", "param", "registry"]
+if TYPE_CHECKING:
+    from vestige.core.patch import Patch
+
+_LATER = {
+    "Patch": "vestige.core.patch",
+}
+
+__all__ = ["Method", "MethodCard", "Paper", "Patch", "Verdict", "method", "methods", "param", "registry"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LATER:
+        return getattr(importlib.import_module(_LATER[name]), name)
+    raise AttributeError(f"module 'vestige.core' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LATER})
