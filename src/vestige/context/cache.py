@@ -24,6 +24,7 @@ from vestige.errors import InputError, PatchError
 
 if TYPE_CHECKING:
     from vestige.context.policy import Evict
+    from vestige.context.slots import SlotStep
 
 __all__ = ["KeptCache", "KeptLayer", "Step"]
 
@@ -100,6 +101,9 @@ class KeptLayer(CacheLayerMixin):
         """Write new entries: into the slot of the one given up if the budget is full, else after the others."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        if self.cache.slots_step is not None:
+            self.cache.slots_step.write(self.index, key_states, value_states)
+            return self.keys, self.values
         step = self.cache.step
         if step is None or step.start != self.seen:
             raise PatchError("a kept cache is filled by a forward pass of the model that it was made for")
@@ -289,6 +293,7 @@ class KeptCache(Cache):
         self.policy = policy
         self.frozen = False
         self.step: Step | None = None
+        self.slots_step: SlotStep | None = None  # set on the stand-in through which a graph is captured
         self.real: list[int] = []
         self.padded = False
         super().__init__(layers=[KeptLayer(self, index) for index in range(layers)])

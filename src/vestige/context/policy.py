@@ -14,10 +14,12 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any, ClassVar, Literal, Self
 
+import torch
 from torch import Tensor, nn
 
 from vestige.context.attention import Look, attend
 from vestige.context.cache import KeptCache, KeptLayer, Step, budget_tokens, per_row
+from vestige.context.slots import GraphedForward
 from vestige.core.anatomy import Anatomy
 from vestige.core.method import Method, param
 from vestige.core.patch import Patch
@@ -52,6 +54,8 @@ class Evict(CachePolicy):
     when: Literal["both", "prefill", "decoding"] = param("both", "drop after prompt chunks, while decoding, or both")
 
     needs_attention: ClassVar[bool] = False  # whether receive() is to be called
+    # By what the next entry to give up is found while decoding, if a kernel can: a graph needs it.
+    decode_rank: ClassVar[Literal["mass", "position", "none"]] = "none"
 
     def check(self) -> None:
         if isinstance(self.budget, float) and self.budget > 1:
@@ -97,14 +101,26 @@ class Evict(CachePolicy):
         """Whether entries are dropped in a pass of this kind."""
         return self.budget != 1.0 and self.when in ("both", "decoding" if decoding else "prefill")
 
-    def attach(self, model: nn.Module) -> Kept:
-        return Kept(model, self)
+    def attach(self, model: nn.Module, *, graph: bool | None = None) -> Kept:
+        """Make ``model`` keep only what the policy allows, until the returned :class:`Kept` is left or undone.
+
+        Args:
+            graph: decode through a captured CUDA graph where shapes stay fixed. By default wherever entries are
+                dropped; ``True`` also where all are kept (sums are then in another order than the model's own),
+                ``False`` nowhere. Without CUDA it has no effect.
+
+        Raises:
+            UnsupportedModelError: the model is no causal decoder that Vestige knows.
+            PatchConflictError: another policy is attached.
+        """
+        return Kept(model, self, graph=graph)
 
 
 class AttentionMass(Evict):
     """A policy that ranks entries by the attention they have received, each query's weighted by its age."""
 
     needs_attention: ClassVar[bool] = True
+    decode_rank: ClassVar[Literal["mass", "position", "none"]] = "mass"
 
     def query_weights(self, age: Tensor) -> Tensor:
         """Weight of a query's attention in the mass of the entries, given the number of queries after it."""
@@ -143,7 +159,7 @@ class Kept:
     have made a cache; :meth:`new_cache` makes one to pass as ``past_key_values``.
     """
 
-    def __init__(self, model: nn.Module, policy: Evict) -> None:
+    def __init__(self, model: nn.Module, policy: Evict, *, graph: bool | None = None) -> None:
         anatomy = Anatomy.of(model)
         if not anatomy.causal:
             raise UnsupportedModelError(
@@ -160,6 +176,9 @@ class Kept:
         self._patch.hook(anatomy.base, self._after, kind="forward")
         for layer in anatomy.layers:
             _attached[layer.attention] = self
+        self._graph = graph
+        if graph is not False and torch.cuda.is_available():
+            self._patch.attribute(model, "forward", GraphedForward(self, model).wrapped())
 
     def new_cache(self) -> KeptCache:
         """An empty cache that keeps what the policy keeps."""
@@ -186,6 +205,24 @@ class Kept:
         if not 0 <= layer < len(self.cache.layers):
             raise InputError(f"layer {layer} is not there; the model has layers 0 to {len(self.cache.layers) - 1}")
         return self.cache.positions(layer)
+
+    def graph_mode(self, cache: KeptCache) -> int | None:
+        """How a decoding step can be captured: the new entry appended (0), or in the place of the lowest by
+        attention (1) or by position (2); ``None`` where shapes or masks do not stay fixed."""
+        policy, config = cache.policy, self.anatomy.config
+        fixed = (
+            self._graph is not False
+            and all(type(layer) is KeptLayer and layer.slots for layer in cache.layers)
+            and type(policy).present is Evict.present
+            and not any(self.anatomy.sliding_windows)
+            and getattr(config, "attn_logit_softcapping", None) is None
+            and cache.layers[0].dtype in (torch.bfloat16, torch.float16, torch.float32)
+        )
+        if not fixed:
+            return None
+        if cache.frozen or not policy.acts(decoding=True):
+            return 0 if self._graph or policy.budget != 1.0 else None
+        return {"mass": 1, "position": 2}.get(policy.decode_rank) if isinstance(policy.budget, int) else None
 
     def watch(self, function: Callable[..., None]) -> _Watch:
         """Call ``function(layer, query, keys, positions, scaling)`` at every attention, before entries are dropped.
@@ -234,6 +271,9 @@ class Kept:
             inputs = kwargs.get("inputs_embeds")
         if inputs is None:
             inputs = args[0]
+        if cache.slots_step is not None:
+            self._running = cache
+            return None
         cache.begin(inputs.shape[0], inputs.shape[1], kwargs.get("attention_mask"), inputs.device)
         self.cache = self._running = cache
         return args, {**kwargs, "past_key_values": cache, "use_cache": True}
@@ -248,6 +288,8 @@ class Kept:
         cache = self._running
         if cache is None:
             return True
+        if cache.slots_step is not None:
+            return False
         policy = cache.policy
         looks = policy.needs_attention or type(policy).observe is not Evict.observe
         return policy.budget == 1.0 and not cache.frozen and not looks
@@ -262,6 +304,8 @@ class Kept:
                 for watcher in self._watchers:
                     watcher(layer.index, query, layer.keys, layer.positions, _scaling(query, kwargs.get("scaling")))
             return self._own.function(module)(module, query, key, value, attention_mask, **kwargs)
+        if cache.slots_step is not None:
+            return cache.slots_step.attend(module.layer_idx, query, _scaling(query, kwargs.get("scaling"))), None
         assert cache.step is not None
         return attend(
             module,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar, Literal
+
 from torch import Tensor
 
 from vestige.context.cache import KeptLayer
@@ -31,6 +33,8 @@ class StreamingLLM(Evict):
 
     sinks: int = param(4, "first tokens that are always kept", ge=0)
     recent: int | float = param(1.0, "last tokens kept: all that the sinks leave of the budget, or fewer", ge=0)
+
+    decode_rank: ClassVar[Literal["mass", "position", "none"]] = "position"
 
     def score(self, entries: KeptLayer) -> Tensor:
         return entries._positions(entries.slots).float()

@@ -76,6 +76,10 @@ def attention_mass(
 
     Memory: one block of queries against all keys, 8 MiB; time as one attention product.
     """
+    if query.is_cuda and softcap is None and window is None and query.dtype != torch.float64:
+        from vestige.layers.ops.attention_mass_triton import attention_mass_cuda
+
+        return attention_mass_cuda(query, keys, weights, scaling=scaling, valid=valid)
     batch, heads, length, _ = query.shape
     kv_heads, entries = keys.shape[1], keys.shape[2]
     exact = torch.float64 if query.dtype == torch.float64 else torch.float32

@@ -1,0 +1,274 @@
+"""Decoding at the speed of memory: fixed slots, one captured graph for the whole step (CUDA).
+
+With a budget in tokens every shape of a decoding step is fixed, so the step is captured once as a CUDA graph
+and replayed for each token: no Python between the kernels. Each layer's entries stand in a table of slots
+(:mod:`vestige.layers.ops.decode_triton`); the layer of the cache goes on owning them, as views of the table.
+
+A graph is made once for each batch size and capacity of an attachment, and serves every later cache of that
+shape: its tables take over the entries of the cache that is being decoded.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import weakref
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from vestige.context.cache import EMPTY, KeptCache, KeptLayer
+
+if TYPE_CHECKING:
+    from vestige.context.policy import Kept
+    from vestige.layers.ops.decode_triton import SlotTable
+
+__all__ = ["GraphedForward", "SlotStep"]
+
+logger = logging.getLogger(__name__)
+
+ROOM = 1024  # slots by which a cache that drops nothing is made larger than what it holds
+
+
+class SlotStep:
+    """What the layers need to know while a step runs over tables of slots."""
+
+    count, decoding = 1, True
+
+    def __init__(self, tables: list[SlotTable], seen: Tensor, mode: int, policy: Any) -> None:
+        self.tables, self.seen, self.mode = tables, seen, mode
+        self.carry = policy.carry(1) if mode == 1 else 1.0
+        self.sinks = policy.sinks
+        self.recent = policy.recent_tokens(policy.budget) if mode else 0
+
+    def write(self, layer: int, key: Tensor, value: Tensor) -> None:
+        from vestige.layers.ops.decode_triton import write_slot
+
+        write_slot(self.tables[layer], key, value, self.seen, self.mode)
+
+    def attend(self, layer: int, query: Tensor, scaling: float) -> Tensor:
+        from vestige.layers.ops.decode_triton import attend_slots
+
+        return attend_slots(
+            self.tables[layer],
+            query,
+            self.seen,
+            scaling=scaling,
+            mode=self.mode,
+            carry=self.carry,
+            sinks=self.sinks,
+            recent=self.recent,
+        )
+
+
+class GraphedForward:
+    """The model's forward, with decoding steps that allow it replayed from a graph."""
+
+    def __init__(self, kept: Kept, model: nn.Module) -> None:
+        self._kept = weakref.ref(kept)
+        self._forward = model.forward
+        self._steps: dict[tuple[Any, ...], _GraphedStep] = {}
+        self._failed = False
+
+    def wrapped(self) -> Callable[..., Any]:
+        """A function with the signature of the forward that it stands for."""
+
+        @functools.wraps(self._forward)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            kept = self._kept()
+            if kept is not None and not args and self._fits(kept, kwargs):
+                try:
+                    return self._replay(kept, kwargs)
+                except torch.cuda.OutOfMemoryError:
+                    raise
+                except RuntimeError as error:
+                    if not self._capturing:
+                        raise
+                    self._failed = True
+                    self._steps.clear()
+                    logger.warning(
+                        "this model's step cannot be captured as a graph; decoding goes on without: %s", error
+                    )
+            return self._forward(*args, **kwargs)
+
+        return forward
+
+    _capturing = False
+
+    def _fits(self, kept: Kept, kwargs: dict[str, Any]) -> bool:
+        """Whether this call is a decoding step whose shapes stay fixed."""
+        cache, ids = kwargs.get("past_key_values"), kwargs.get("input_ids")
+        if self._failed or not isinstance(cache, KeptCache) or not isinstance(ids, Tensor) or ids.shape[1] != 1:
+            return False
+        plain = not any(kwargs.get(name) is not None for name in ("inputs_embeds", "labels"))
+        plain &= not any(kwargs.get(name) for name in ("output_attentions", "output_hidden_states"))
+        return (
+            plain
+            and ids.is_cuda
+            and cache.get_seq_length() > 0
+            and not torch.is_grad_enabled()
+            and not kept._watchers
+            and kept.graph_mode(cache) is not None
+        )
+
+    def _replay(self, kept: Kept, kwargs: dict[str, Any]) -> Any:
+        cache, ids = kwargs["past_key_values"], kwargs["input_ids"]
+        mode = kept.graph_mode(cache)
+        assert mode is not None
+        step = self._step(kept, cache, mode)
+        position_ids = kwargs.get("position_ids")
+        if position_ids is None:
+            step.position_ids.fill_(cache.get_seq_length())
+        else:
+            step.position_ids.copy_(position_ids[:, -1:].expand_as(step.position_ids))
+        step.input_ids.copy_(ids)
+        step.graph.replay()
+        cache.real = [real + 1 for real in cache.real]
+        for layer, table in zip(cache.layers, step.step.tables, strict=True):
+            layer.seen += 1
+            if mode == 0:
+                _view(table, layer, layer.slots + 1)
+        kept.cache = cache
+        fields = {k: v.clone() if isinstance(v, Tensor) else v for k, v in step.output.items()}
+        return type(step.output)(**{**fields, "past_key_values": cache})
+
+    def _step(self, kept: Kept, cache: KeptCache, mode: int) -> _GraphedStep:
+        """The graph for a cache, its tables holding the cache's entries."""
+        first = cache.layers[0]
+        batch = first.keys.shape[0]
+        for step in self._steps.values():
+            if step.holds(cache) and not (mode == 0 and first.seen + 1 > step.capacity):
+                return step
+        if mode == 0:
+            held = max(layer.slots for layer in cache.layers)
+            capacity = -(-(held + ROOM) // ROOM) * ROOM
+        else:
+            capacity = cache.policy.budget
+        key = (batch, capacity, mode, first.keys.dtype)
+        if key not in self._steps:
+            self._capturing = True
+            self._steps[key] = _GraphedStep(self._forward, kept, cache, capacity, mode)
+            self._capturing = False
+        self._steps[key].adopt(cache)
+        return self._steps[key]
+
+
+class _GraphedStep:
+    """One captured step with the tables that it reads and writes."""
+
+    def __init__(self, forward: Callable[..., Any], kept: Kept, cache: KeptCache, capacity: int, mode: int) -> None:
+        from vestige.layers.ops.decode_triton import SlotTable
+
+        self.capacity, self.mode = capacity, mode
+        self._held: weakref.ref[KeptCache] | None = None
+        tables = []
+        for layer in cache.layers:
+            batch, heads, _, dim = layer.keys.shape
+            segments = batch * heads
+            ints = {"dtype": torch.int32, "device": layer.device}
+            flat = segments * capacity
+            tables.append(
+                SlotTable(
+                    keys=layer.keys.new_zeros(flat, dim),
+                    values=layer.values.new_zeros(flat, layer.values.shape[3]),
+                    positions=torch.zeros(flat, **ints),
+                    mass=torch.zeros(flat, device=layer.device) if mode == 1 else None,
+                    offset=torch.arange(segments, **ints) * capacity,
+                    length=torch.full((segments,), 1 if mode == 0 else capacity, **ints),
+                    target=torch.zeros(segments, **ints),
+                    rows=batch,
+                    kv_heads=heads,
+                    capacity=capacity,
+                )
+            )
+        device = cache.layers[0].device
+        self.seen = torch.ones(batch, dtype=torch.int32, device=device)
+        self.step = SlotStep(tables, self.seen, mode, cache.policy)
+        self.input_ids = torch.zeros(batch, 1, dtype=torch.long, device=device)
+        self.position_ids = torch.zeros(batch, 1, dtype=torch.long, device=device)
+        stand_in = kept.new_cache()
+        stand_in.step, stand_in.slots_step = None, self.step  # type: ignore[assignment]
+        for layer, twin in zip(cache.layers, stand_in.layers, strict=True):
+            twin.dtype, twin.device, twin.is_initialized, twin.seen = layer.dtype, layer.device, True, 1
+            twin.keys, twin.values = layer.keys[:, :, :1], layer.values[:, :, :1]
+
+        def run() -> Any:
+            self.seen.add_(1)
+            return forward(
+                input_ids=self.input_ids, position_ids=self.position_ids, past_key_values=stand_in, use_cache=True
+            )
+
+        # The tables hold nothing yet, so these runs, which compile and settle the kernels, can spoil nothing.
+        side = torch.cuda.Stream(device)
+        side.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(side):
+            for _ in range(2):
+                run()
+        torch.cuda.current_stream(device).wait_stream(side)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.output = run()
+
+    def holds(self, cache: KeptCache) -> bool:
+        """Whether the tables hold this cache's entries, as it left them."""
+        if self._held is None or self._held() is not cache:
+            return False
+        return all(
+            layer.keys.data_ptr() == table.keys.data_ptr()
+            for layer, table in zip(cache.layers, self.step.tables, strict=True)
+        )
+
+    def adopt(self, cache: KeptCache) -> None:
+        """Move a cache's entries into the tables; a cache that was there before gets copies of its own."""
+        before = self._held() if self._held is not None else None
+        if before is not None and before is not cache and self.holds(before):
+            for layer in before.layers:
+                layer._rewrite(lambda tensor: tensor.clone())
+        self.seen.copy_(torch.tensor(cache.real, dtype=torch.int32))
+        for layer, table in zip(cache.layers, self.step.tables, strict=True):
+            _fill(table, layer, cache, self.capacity, self.mode)
+        if self.mode:
+            cache.padded = True  # slots may be empty from now on
+        self._held = weakref.ref(cache)
+
+
+def _fill(table: SlotTable, layer: KeptLayer, cache: KeptCache, capacity: int, mode: int) -> None:
+    """Copy a layer's entries into its table, choose the slot of the next token, and make the layer a view of it."""
+    policy = cache.policy
+    if mode and layer.slots > capacity:
+        layer.keep([capacity - 1] * len(cache.real))
+    batch, heads, held, _ = layer.keys.shape
+
+    def over(flat: Tensor) -> Tensor:
+        return flat.view(batch, heads, capacity, *flat.shape[1:])
+
+    over(table.keys)[:, :, :held] = layer.keys
+    over(table.values)[:, :, :held] = layer.values
+    positions = over(table.positions)
+    positions[:, :, :held] = layer._positions(held)
+    positions[:, :, held:] = EMPTY
+    table.length.fill_(held if mode == 0 else capacity)
+    if table.mass is not None:
+        mass = over(table.mass)
+        mass.zero_()
+        if "mass" in layer.state:
+            mass[:, :, :held] = layer.state["mass"]
+        layer.state["mass"] = mass
+    _view(table, layer, held if mode == 0 else capacity)
+    if mode == 0:
+        table.target.fill_(held)
+        return
+    real = torch.tensor(cache.real, device=layer.device)[:, None, None] + 1
+    rank = (mass if table.mass is not None else positions).float()
+    spared = (positions < policy.sinks) | (positions >= real - policy.recent_tokens(capacity))
+    rank = rank.masked_fill(spared, 3e38).masked_fill(positions == EMPTY, -1.0)
+    table.target.copy_(rank.argmin(dim=2).flatten())
+
+
+def _view(table: SlotTable, layer: KeptLayer, slots: int) -> None:
+    """Let a layer's entries be the first slots of its segments."""
+    for name in ("keys", "values", "positions"):
+        flat = getattr(table, name)
+        setattr(layer, name, flat.view(table.rows, table.kv_heads, table.capacity, *flat.shape[1:])[:, :, :slots])
