@@ -1,0 +1,1 @@
+"""Tasks: small deterministic descriptions of prompts whose answers are known."""
