@@ -8,11 +8,13 @@ attention, unchanged.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -21,9 +23,9 @@ from vestige.layers.ops.attention_mass import attention_mass, grouped, visible, 
 
 if TYPE_CHECKING:
     from vestige.context.cache import KeptLayer, Step
-    from vestige.context.policy import Evict
+    from vestige.context.policy import CachePolicy
 
-__all__ = ["Look", "attend"]
+__all__ = ["Look", "Reading", "attend", "readable"]
 
 QUERY_BLOCK = 1024  # queries attended at once where a mask must be written out
 
@@ -34,7 +36,7 @@ def attend(
     layer: KeptLayer,
     *,
     scaling: float,
-    policy: Evict,
+    policy: CachePolicy,
     step: Step,
     watchers: list[Callable[..., None]],
     softcap: float | None = None,
@@ -57,59 +59,52 @@ def attend(
     if sliding_window is not None and layer.seen <= sliding_window:
         sliding_window = None
     policy.present(layer, step)
-    if step.decoding:
-        output = _attend_one(module, query, layer, scaling, policy, step, softcap, sliding_window)
-    else:
-        output = _attend_chunk(module, query, layer, scaling, softcap, sliding_window)
-        look = Look(query, scaling, softcap, sliding_window)
+    look = Look(query, scaling, softcap, sliding_window)
+    plain = functools.partial(_attend_one if step.decoding else _attend_chunk, module, look, layer, policy, step)
+    output = policy.respond(layer, look, step, plain)
+    if not step.decoding:
         policy.observe(layer, look, step)
         if step.allowed is not None:
             layer.keep(step.allowed)
     return output, None
 
 
-def _attend_one(
-    module: torch.nn.Module,
-    query: Tensor,
-    layer: KeptLayer,
-    scaling: float,
-    policy: Evict,
-    step: Step,
-    softcap: float | None,
-    window: int | None,
-) -> Tensor:
-    """One token per row: the attention weights are few, so they are made once and serve the output and the score."""
+def readable(layer: KeptLayer, look: Look, step: Step) -> Tensor | None:
+    """``(batch, kv_heads, slots)`` entries that a token being decoded may see; ``None`` for all slots."""
     valid = layer.valid()
-    if window is not None:
-        positions = layer._positions(layer.slots)
-        near = positions > step.rows(query.device) - 1 - window
+    if look.window is not None:
+        near = layer._positions(layer.slots) > step.rows(look.query.device) - 1 - look.window
         valid = near if valid is None else valid & near
-    if not policy.needs_attention and softcap is None:
+    return valid
+
+
+def _attend_one(
+    module: torch.nn.Module, look: Look, layer: KeptLayer, policy: CachePolicy, step: Step
+) -> Float[Tensor, "batch 1 heads dim"]:
+    """One token per row: the attention weights are few, so they are made once and serve the output and the score."""
+    query, valid = look.query, readable(layer, look, step)
+    if not policy.needs_attention and look.softcap is None:
         mask = (
             None if valid is None else valid[:, :, None, :].repeat_interleave(query.shape[1] // valid.shape[1], dim=1)
         )
-        return sdpa_attention_forward(module, query, layer.keys, layer.values, mask, scaling=scaling)[0]
-    share = _shares(query, layer.keys, scaling, softcap, None if valid is None else valid[:, :, None, None, :])
-    output = (share.to(query.dtype).flatten(2, 3) @ layer.values).flatten(1, 2)[:, None]
+        return sdpa_attention_forward(module, query, layer.keys, layer.values, mask, scaling=look.scaling)[0]
+    output, share = Reading(((query, layer.keys),), layer.values, valid).attend(look)
     if policy.needs_attention:
         policy.receive(layer, share.squeeze(3), step)
     return output
 
 
 def _attend_chunk(
-    module: torch.nn.Module,
-    query: Tensor,
-    layer: KeptLayer,
-    scaling: float,
-    softcap: float | None,
-    window: int | None,
-) -> Tensor:
+    module: torch.nn.Module, look: Look, layer: KeptLayer, policy: CachePolicy, step: Step
+) -> Float[Tensor, "batch count heads dim"]:
     """Many tokens per row: flash attention where the mask is plainly causal, else block after block of queries."""
+    query, scaling, softcap, window = look.query, look.scaling, look.softcap, look.window
+    every_key, every_value = layer.keys, layer.values
     count, entries = query.shape[2], layer.slots
     valid = layer.valid()
     if count == entries and valid is None and window is None and softcap is None:
-        return sdpa_attention_forward(module, query, layer.keys, layer.values, None, scaling=scaling, is_causal=True)[0]
-    group = query.shape[1] // layer.keys.shape[1]
+        return sdpa_attention_forward(module, query, every_key, every_value, None, scaling=scaling, is_causal=True)[0]
+    group = query.shape[1] // every_key.shape[1]
     blocks = []
     for first in range(0, count, QUERY_BLOCK):
         last = min(first + QUERY_BLOCK, count)
@@ -119,11 +114,9 @@ def _attend_chunk(
             mask = mask & within(layer._positions(entries), first, last, count, window)
         if valid is not None:
             mask = mask & valid[:, :, None, :shown]
-        rows, keys, values = query[:, :, first:last], layer.keys[:, :, :shown], layer.values[:, :, :shown]
+        rows, keys, values = query[:, :, first:last], every_key[:, :, :shown], every_value[:, :, :shown]
         if softcap is not None:
-            share = _shares(rows, keys, scaling, softcap, mask[:, :, None]).nan_to_num()
-            block = (share.to(query.dtype).flatten(2, 3) @ values).unflatten(2, (group, last - first))
-            blocks.append(block.flatten(1, 2).transpose(1, 2))
+            blocks.append(Reading(((rows, keys),), values, mask).attend(look)[0])
         else:
             if mask.shape[1] > 1:
                 mask = mask.repeat_interleave(group, dim=1)
@@ -166,12 +159,42 @@ class Look:
         )
 
 
-def _shares(query: Tensor, keys: Tensor, scaling: float, softcap: float | None, valid: Tensor | None) -> Tensor:
-    """Attention weights ``(batch, kv, group, queries, keys)`` in float32 (float64 for float64 input)."""
+@dataclass(frozen=True)
+class Reading:
+    """What queries read, where it is not simply every entry as it stands.
+
+    Attributes:
+        parts: keys ``(batch, kv_heads, n, dim)``, each with the queries ``(batch, heads, count, dim)`` that meet them;
+            the entries of all parts, one after the other, are what is read.
+        values: ``(batch, kv_heads, entries, dim)``.
+        valid: which entries exist, ``(batch, kv_heads, entries)`` or ``(batch, kv_heads, count, entries)``; ``None``
+            for all. Leading ones may be 1.
+    """
+
+    parts: tuple[tuple[Tensor, Tensor], ...]
+    values: Tensor
+    valid: Tensor | None = None
+
+    def attend(self, look: Look) -> tuple[Tensor, Tensor]:
+        """Output ``(batch, count, heads, dim)`` and weights ``(batch, kv_heads, group, count, entries)``.
+
+        The weights are float32 (float64 for float64 input); zero where a query may see nothing.
+        """
+        products = [_products(query, keys) for query, keys in self.parts]
+        logits = (products[0] if len(products) == 1 else torch.cat(products, dim=-1)) * look.scaling
+        if look.softcap is not None:
+            logits = look.softcap * torch.tanh(logits / look.softcap)
+        if self.valid is not None:
+            valid = self.valid[:, :, None] if self.valid.dim() == 4 else self.valid[:, :, None, None]
+            logits = logits.masked_fill(~valid, float("-inf"))
+        share = torch.softmax(logits, dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+        if self.valid is not None:
+            share = share.nan_to_num()
+        output = (share.to(self.values.dtype).flatten(2, 3) @ self.values).unflatten(2, share.shape[2:4])
+        return output.flatten(1, 2).transpose(1, 2), share
+
+
+def _products(query: Tensor, keys: Tensor) -> Tensor:
+    """``(batch, kv_heads, group, queries, keys)``."""
     rows = grouped(query, keys.shape[1])
-    logits = (rows.flatten(2, 3) @ keys.transpose(-1, -2)).unflatten(2, rows.shape[2:4]) * scaling
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
-    if valid is not None:
-        logits = logits.masked_fill(~valid, float("-inf"))
-    return torch.softmax(logits, dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+    return (rows.flatten(2, 3) @ keys.transpose(-1, -2)).unflatten(2, rows.shape[2:4])

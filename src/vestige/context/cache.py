@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,7 +23,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from vestige.errors import InputError, PatchError
 
 if TYPE_CHECKING:
-    from vestige.context.policy import Evict
+    from vestige.context.policy import CachePolicy, Evict
     from vestige.context.slots import SlotStep
 
 __all__ = ["KeptCache", "KeptLayer", "Step"]
@@ -44,7 +44,9 @@ class Step:
         fresh: real tokens in the chunk, per row.
         real: real tokens seen per row, this chunk included.
         allowed: entries that each row may hold once the pass is done; ``None`` where nothing is dropped now.
+        turn: decoding steps since the last chunk of the prompt, this one included; 0 for a chunk.
         ends_real: whether the last column is a real token in every row.
+        shared: what the layers tell one another during the pass.
     """
 
     count: int
@@ -54,7 +56,9 @@ class Step:
     fresh: list[int]
     real: list[int]
     allowed: list[int] | None
+    turn: int = 0
     ends_real: bool = True
+    shared: dict[str, Any] = field(default_factory=dict)
 
     def rows(self, device: torch.device) -> int | Int[Tensor, "batch 1 1"]:
         """``real``, to be compared with positions."""
@@ -97,6 +101,13 @@ class KeptLayer(CacheLayerMixin):
         """Entries held per head, empty slots included."""
         return self.keys.shape[2] if self.is_initialized else 0
 
+    @property
+    def _ranking(self) -> Evict:
+        """What ranks the entries; asked for only where some may be dropped."""
+        ranking = self.cache.policy.ranking
+        assert ranking is not None
+        return ranking
+
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Write new entries: into the slot of the one given up if the budget is full, else after the others."""
         if not self.is_initialized:
@@ -131,7 +142,7 @@ class KeptLayer(CacheLayerMixin):
             self.keep([allowed - 1 for allowed in step.allowed], [real - 1 for real in step.real])
             held = [min(real, allowed) - 1 for real, allowed in zip(step.real, step.allowed, strict=True)]
         else:
-            held = [min(real - 1, self.cache.policy.budget_tokens(real - 1)) for real in step.real]
+            held = [min(real - 1, self._ranking.budget_tokens(real - 1)) for real in step.real]
         grows = [before < allowed for before, allowed in zip(held, step.allowed, strict=True)]
         if any(grow and before == self.slots for grow, before in zip(grows, held, strict=True)):
             self._append(step, keys, values)
@@ -154,7 +165,7 @@ class KeptLayer(CacheLayerMixin):
     def _victim(self, step: Step, grows: list[bool], spare_last: bool = False) -> Int[Tensor, "batch kv 1"]:
         """The slot to give up in each head: an empty one where the row may grow, else the lowest-ranked."""
         assert self.positions is not None and step.allowed is not None
-        policy = self.cache.policy
+        policy = self._ranking
         recent = per_row([policy.recent_tokens(allowed) for allowed in step.allowed], self.device)
         spared = (self.positions < policy.sinks) | (self.positions >= step.rows(self.device) - recent)
         rank = policy.score(self).masked_fill(spared, float("inf"))
@@ -175,7 +186,7 @@ class KeptLayer(CacheLayerMixin):
         width = max(budgets)
         if not self.is_initialized or width >= self.slots:
             return
-        policy = self.cache.policy
+        policy = self._ranking
         seen = per_row(real or self.cache.real, self.device)
         recent = per_row([policy.recent_tokens(budget) for budget in budgets], self.device)
         positions = self._positions(self.slots)
@@ -289,14 +300,15 @@ class KeptCache(Cache):
     model make its own. ``get_seq_length()`` counts the tokens seen, so position ids stay those of the text.
     """
 
-    def __init__(self, policy: Evict, layers: int) -> None:
+    def __init__(self, policy: CachePolicy, layers: int) -> None:
         self.policy = policy
         self.frozen = False
         self.step: Step | None = None
         self.slots_step: SlotStep | None = None  # set on the stand-in through which a graph is captured
         self.real: list[int] = []
+        self.turn = 0
         self.padded = False
-        super().__init__(layers=[KeptLayer(self, index) for index in range(layers)])
+        super().__init__(layers=[policy.new_layer(self, index) for index in range(layers)])
 
     def begin(self, batch: int, count: int, attention_mask: Tensor | None, device: torch.device) -> None:
         """Work out, once for all layers, what the coming forward pass of ``count`` columns means.
@@ -330,10 +342,11 @@ class KeptCache(Cache):
             positions = torch.tensor(self.real, device=device)[:, None] + torch.arange(count, device=device)
         self.real = [seen + new for seen, new in zip(self.real, fresh, strict=True)]
         decoding = count == 1 and start > 0
-        allowed = None
-        if not self.frozen and self.policy.acts(decoding):
-            allowed = [self.policy.budget_tokens(real) for real in self.real]
-        self.step = Step(count, start, positions, age, fresh, list(self.real), allowed, ends_real)
+        allowed, ranking = None, self.policy.ranking
+        if ranking is not None and not self.frozen and ranking.acts(decoding):
+            allowed = [ranking.budget_tokens(real) for real in self.real]
+        self.turn = self.turn + 1 if decoding else 0
+        self.step = Step(count, start, positions, age, fresh, list(self.real), allowed, self.turn, ends_real)
 
     @property
     def nbytes(self) -> int:
@@ -374,9 +387,10 @@ class KeptCache(Cache):
         """
         twin = copy.copy(self)
         twin.step, twin.real, twin.frozen = None, list(self.real), True
-        twin.policy = self.policy.replace(budget=budget)
+        twin.policy = self.policy.with_budget(budget)
+        assert twin.policy.ranking is not None
         twin.layers = []
-        budgets = [twin.policy.budget_tokens(real) for real in twin.real]
+        budgets = [twin.policy.ranking.budget_tokens(real) for real in twin.real]
         for layer in self.layers:
             other = copy.copy(layer)
             other.cache, other.state, other.aside = twin, dict(layer.state), dict(layer.aside)
@@ -402,7 +416,7 @@ class KeptCache(Cache):
 
     def reset(self) -> None:
         super().reset()
-        self.step, self.real, self.padded = None, [], False
+        self.step, self.real, self.turn, self.padded = None, [], 0, False
 
     def crop(self, max_length: int) -> None:
         before = self.get_seq_length()

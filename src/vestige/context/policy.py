@@ -31,16 +31,73 @@ ATTENTION = "vestige"  # name under which attention is registered while a policy
 
 
 class CachePolicy(Method):
-    """A method that decides what generation keeps of its context."""
+    """A method that decides what generation keeps of its context, and what it reads of what it keeps.
 
-    def attach(self, model: nn.Module) -> Kept:
-        """Make ``model`` keep only what the policy allows, until the returned :class:`Kept` is left or undone.
+    The hooks are called by the engine, layer after layer in each pass. As they stand here everything is kept and
+    read; a policy overrides those that it needs.
+    """
+
+    needs_attention: ClassVar[bool] = False  # whether receive() is to be called
+
+    @property
+    def ranking(self) -> Evict | None:
+        """What ranks the entries where some are dropped; ``None`` where all are kept."""
+        return None
+
+    @property
+    def plain(self) -> bool:
+        """Whether attention, and what it leaves behind, is that of the model alone."""
+        return False
+
+    def check_model(self, anatomy: Anatomy) -> None:
+        """Raise :class:`UnsupportedModelError`, or :class:`SpecError` for a parameter, where a model will not do."""
+
+    def new_layer(self, cache: KeptCache, index: int) -> KeptLayer:
+        """What holds the entries of a layer."""
+        return KeptLayer(cache, index)
+
+    def with_budget(self, budget: int | float) -> CachePolicy:
+        """The policy with another budget, for :meth:`KeptCache.cut`.
 
         Raises:
-            UnsupportedModelError: the model is no causal decoder that Vestige knows.
+            SpecError: the policy keeps every entry.
+        """
+        raise SpecError(f"{self.name} keeps every entry: its cache cannot be cut")
+
+    def lossless(self, tokens: int) -> CachePolicy | None:
+        """The policy with parameters under which it changes nothing over that many tokens, or ``None``."""
+        return None
+
+    def present(self, entries: KeptLayer, step: Step) -> None:
+        """Make the entries ready to be attended to; the new ones are among them."""
+
+    def respond(self, entries: KeptLayer, look: Look, step: Step, plain: Callable[[], Tensor]) -> Tensor:
+        """Attention of the queries over the entries, ``(batch, count, heads, dim)``.
+
+        ``plain`` gives that over all entries, and calls :meth:`receive` where the policy asks for it.
+        """
+        return plain()
+
+    def observe(self, entries: KeptLayer, look: Look, step: Step) -> None:
+        """Take note of how a chunk's queries looked at the entries, the chunk's own included; before entries go."""
+
+    def receive(self, entries: KeptLayer, share: Tensor, step: Step) -> None:
+        """Take note of one token's attention weights, ``(batch, kv_heads, group, slots)``; asked for by
+        ``needs_attention``."""
+
+    def attach(self, model: nn.Module, *, graph: bool | None = None) -> Kept:
+        """Make ``model`` keep and read only what the policy allows, until the returned :class:`Kept` is left or undone.
+
+        Args:
+            graph: decode through a captured CUDA graph where shapes stay fixed. By default wherever entries are
+                dropped; ``True`` also where all are kept (sums are then in another order than the model's own),
+                ``False`` nowhere. Without CUDA it has no effect.
+
+        Raises:
+            UnsupportedModelError: the model is no causal decoder that Vestige knows, or lacks what the policy needs.
             PatchConflictError: another policy is attached.
         """
-        raise NotImplementedError
+        return Kept(model, self, graph=graph)
 
 
 class Evict(CachePolicy):
@@ -53,7 +110,6 @@ class Evict(CachePolicy):
     recent: int | float = param(0.5, "last tokens that are always kept: tokens (int), or a share of the budget", ge=0)
     when: Literal["both", "prefill", "decoding"] = param("both", "drop after prompt chunks, while decoding, or both")
 
-    needs_attention: ClassVar[bool] = False  # whether receive() is to be called
     # By what the next entry to give up is found while decoding, if a kernel can: a graph needs it.
     decode_rank: ClassVar[Literal["mass", "position", "none"]] = "none"
 
@@ -74,19 +130,24 @@ class Evict(CachePolicy):
                     f"it must hold sinks + recent = {self.sinks + fixed}"
                 )
 
+    @property
+    def ranking(self) -> Evict:
+        return self
+
+    @property
+    def plain(self) -> bool:
+        looks = self.needs_attention or type(self).observe is not CachePolicy.observe
+        return self.budget == 1.0 and not looks
+
+    def with_budget(self, budget: int | float) -> Evict:
+        return self.replace(budget=budget)
+
+    def lossless(self, tokens: int) -> Evict:
+        return self if self.budget == 1.0 else self.replace(budget=tokens)
+
     def score(self, entries: KeptLayer) -> Tensor:
         """Rank of every entry, ``(batch, kv_heads, slots)`` floating point; the highest are kept."""
         raise NotImplementedError
-
-    def observe(self, entries: KeptLayer, look: Look, step: Step) -> None:
-        """Take note of how a chunk's queries looked at the entries, the chunk's own included; before entries go."""
-
-    def receive(self, entries: KeptLayer, share: Tensor, step: Step) -> None:
-        """Take note of one token's attention weights, ``(batch, kv_heads, group, slots)``; asked for by
-        ``needs_attention``."""
-
-    def present(self, entries: KeptLayer, step: Step) -> None:
-        """Make the entries ready to be attended to; the new ones are among them."""
 
     def budget_tokens(self, seen: int) -> int:
         """Entries allowed per head after ``seen`` tokens."""
@@ -100,20 +161,6 @@ class Evict(CachePolicy):
     def acts(self, decoding: bool) -> bool:
         """Whether entries are dropped in a pass of this kind."""
         return self.budget != 1.0 and self.when in ("both", "decoding" if decoding else "prefill")
-
-    def attach(self, model: nn.Module, *, graph: bool | None = None) -> Kept:
-        """Make ``model`` keep only what the policy allows, until the returned :class:`Kept` is left or undone.
-
-        Args:
-            graph: decode through a captured CUDA graph where shapes stay fixed. By default wherever entries are
-                dropped; ``True`` also where all are kept (sums are then in another order than the model's own),
-                ``False`` nowhere. Without CUDA it has no effect.
-
-        Raises:
-            UnsupportedModelError: the model is no causal decoder that Vestige knows.
-            PatchConflictError: another policy is attached.
-        """
-        return Kept(model, self, graph=graph)
 
 
 class AttentionMass(Evict):
@@ -159,12 +206,13 @@ class Kept:
     have made a cache; :meth:`new_cache` makes one to pass as ``past_key_values``.
     """
 
-    def __init__(self, model: nn.Module, policy: Evict, *, graph: bool | None = None) -> None:
+    def __init__(self, model: nn.Module, policy: CachePolicy, *, graph: bool | None = None) -> None:
         anatomy = Anatomy.of(model)
         if not anatomy.causal:
             raise UnsupportedModelError(
                 f"{policy.name} needs a causal decoder with a cache; {anatomy.architecture} is none"
             )
+        policy.check_model(anatomy)
         self.policy, self.anatomy = policy, anatomy
         self.cache: KeptCache | None = None
         self._running: KeptCache | None = None
@@ -213,13 +261,16 @@ class Kept:
         fixed = (
             self._graph is not False
             and all(type(layer) is KeptLayer and layer.slots for layer in cache.layers)
-            and type(policy).present is Evict.present
+            and isinstance(policy, Evict)
+            and type(policy).present is CachePolicy.present
+            and type(policy).respond is CachePolicy.respond
             and not any(self.anatomy.sliding_windows)
             and getattr(config, "attn_logit_softcapping", None) is None
             and cache.layers[0].dtype in (torch.bfloat16, torch.float16, torch.float32)
         )
         if not fixed:
             return None
+        assert isinstance(policy, Evict)
         if cache.frozen or not policy.acts(decoding=True):
             return 0 if self._graph or policy.budget != 1.0 else None
         return {"mass": 1, "position": 2}.get(policy.decode_rank) if isinstance(policy.budget, int) else None
@@ -290,9 +341,7 @@ class Kept:
             return True
         if cache.slots_step is not None:
             return False
-        policy = cache.policy
-        looks = policy.needs_attention or type(policy).observe is not Evict.observe
-        return policy.budget == 1.0 and not cache.frozen and not looks
+        return cache.policy.plain and not cache.frozen
 
     def _attend(
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
