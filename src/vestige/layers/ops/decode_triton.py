@@ -89,7 +89,7 @@ def _partial(
     query, keys, values, positions, offset, length,
     out, highest_out, total_out, logits_out,
     kv_heads, group, dim, scaling, capacity, chunk, query_stride_b, query_stride_h,
-    SCORES: tl.constexpr, MODE: tl.constexpr, PRECISION: tl.constexpr,
+    SCORES: tl.constexpr, PRECISION: tl.constexpr,
     GROUP: tl.constexpr, COLS: tl.constexpr, DIM: tl.constexpr,
 ):  # fmt: skip
     segment, split, splits = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
@@ -105,9 +105,7 @@ def _partial(
     for start in range(split * chunk, end, COLS):
         at = start + cols
         inside = at < end
-        there = inside
-        if MODE != 0:
-            there &= tl.load(positions + base + at, mask=inside, other=-1) >= 0
+        there = tl.load(positions + base + at, mask=inside, other=-1) >= 0
         tile = (base + at)[:, None] * dim + dims[None, :]
         k = tl.load(keys + tile, mask=inside[:, None] & (dims < dim)[None, :], other=0.0)
         logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scaling
@@ -251,7 +249,7 @@ def attend_slots(
     _partial[(segments, splits)](
         query, table.keys, table.values, table.positions, table.offset, table.length, partial, highest, total, logits,
         table.kv_heads, group, dim, scaling, table.capacity, chunk, query.stride(0), query.stride(1),
-        SCORES=scores, MODE=mode, PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
+        SCORES=scores, PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
         GROUP=max(16, triton.next_power_of_2(group)), COLS=cols, DIM=wide, num_warps=4, num_stages=3,
     )  # fmt: skip
     _combine[(segments, group)](
