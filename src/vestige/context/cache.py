@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 __all__ = ["KeptCache", "KeptLayer", "Step"]
 
 EMPTY = -1  # position of a slot that holds no entry
+ROOM = 16  # a cache that grows while decoding is made larger by the 16th part of what it holds, and this many slots
 
 
 @dataclass
@@ -88,6 +89,7 @@ class KeptLayer(CacheLayerMixin):
         self.positions: Tensor | None = None
         self.state: dict[str, Tensor] = {}
         self.aside: dict[str, Tensor] = {}
+        self._room: dict[str, Tensor] = {}  # storage with slots to spare, of which keys and values are the first
         self.seen = 0
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -130,10 +132,35 @@ class KeptLayer(CacheLayerMixin):
         if self.positions is not None or step.positions is not None:
             new = self._new_positions(step)
             self.positions = new if held == 0 else torch.cat([self._positions(held), new], dim=2)
-        self.keys = torch.cat([self.keys, keys], dim=2) if held else keys
-        self.values = torch.cat([self.values, values], dim=2) if held else values
+        self._store(step, keys, values)
         for name, tensor in self.state.items():
             self.state[name] = torch.nn.functional.pad(tensor, (0, count))
+
+    def _store(self, step: Step, keys: Tensor, values: Tensor) -> None:
+        """Put new keys and values after the others."""
+        if step.decoding and self.slots:
+            spare = ROOM + self.slots // ROOM
+            if step.allowed is not None:
+                spare = min(spare, max(step.allowed) - self.slots - 1)
+            self.keys, self.values = (
+                self._into_room(name, held, new, max(0, spare))
+                for name, held, new in (("keys", self.keys, keys), ("values", self.values, values))
+            )
+            return
+        self.keys = torch.cat([self.keys, keys], dim=2) if self.slots else keys
+        self.values = torch.cat([self.values, values], dim=2) if self.slots else values
+        self._room = {}
+
+    def _into_room(self, name: str, held: Tensor, new: Tensor, spare: int) -> Tensor:
+        """One more entry behind those held, without copying them where there is room."""
+        end = held.shape[2] + 1
+        room = self._room.get(name)
+        if room is None or room.data_ptr() != held.data_ptr() or room.shape[2] < end:
+            room = held.new_empty(*held.shape[:2], end + spare, held.shape[3])
+            room[:, :, : end - 1] = held
+            self._room[name] = room
+        room[:, :, end - 1 : end] = new
+        return room[:, :, :end]
 
     def _write_within(self, step: Step, keys: Tensor, values: Tensor) -> None:
         """Decode within the budget: the lowest-ranked entry gives its slot to the new one."""
@@ -207,6 +234,7 @@ class KeptLayer(CacheLayerMixin):
 
     def _gather(self, slots: Int[Tensor, "batch kv kept"]) -> None:
         index = slots[..., None]
+        self._room = {}
         self.keys = self.keys.gather(2, index.expand(-1, -1, -1, self.keys.shape[3]))
         self.values = self.values.gather(2, index.expand(-1, -1, -1, self.values.shape[3]))
         self.state = {name: tensor.gather(2, slots) for name, tensor in self.state.items()}
@@ -246,7 +274,7 @@ class KeptLayer(CacheLayerMixin):
     def _rewrite(self, change: Any) -> None:
         if not self.is_initialized:
             return
-        self.keys, self.values = change(self.keys), change(self.values)
+        self.keys, self.values, self._room = change(self.keys), change(self.values), {}
         if self.positions is not None:
             self.positions = change(self.positions)
         self.state = {name: change(tensor) for name, tensor in self.state.items()}
@@ -271,7 +299,7 @@ class KeptLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         self.keys = self.values = self.positions = None
-        self.state, self.aside, self.seen, self.is_initialized = {}, {}, 0, False
+        self.state, self.aside, self._room, self.seen, self.is_initialized = {}, {}, {}, 0, False
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self._rewrite(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))

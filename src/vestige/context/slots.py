@@ -269,6 +269,7 @@ def _fill(table: SlotTable, layer: KeptLayer, cache: KeptCache, capacity: int, m
 
 def _view(table: SlotTable, layer: KeptLayer, slots: int) -> None:
     """Let a layer's entries be the first slots of its segments."""
+    layer._room = {}
     for name in ("keys", "values", "positions"):
         flat = getattr(table, name)
         setattr(layer, name, flat.view(table.rows, table.kv_heads, table.capacity, *flat.shape[1:])[:, :, :slots])
