@@ -87,11 +87,11 @@ def fill(cache: KeptCache, batch: int, seen: int, slots: int, config, dtype=torc
 
 
 @torch.no_grad()
-def ours(model, policy, batch: int, seen: int, slots: int, repeats: int = 30, graph=True) -> tuple[float, float]:
+def ours(model, policy, batch, seen, slots, repeats=30, graph=True, compile=False) -> tuple[float, float]:
     """Seconds a step, and peak bytes."""
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-    with policy.attach(model, graph=graph) as kept:
+    with policy.attach(model, graph=graph, compile=compile) as kept:
         cache = fill(kept.new_cache(), batch, seen, slots, model.config)
         ids = torch.ones(batch, 1, dtype=torch.long, device="cuda")
         seconds = timed(lambda: model(input_ids=ids, past_key_values=cache, use_cache=True), repeats)
@@ -170,7 +170,10 @@ def main() -> None:
     policy = A2SF(budget=args.budget)
     for batch in args.batches:
         try:
-            record("a2sf", batch, args.budget, *ours(model, policy, batch, args.context, args.budget))
+            if batch <= 16:
+                record("a2sf", batch, args.budget, *ours(model, policy, batch, args.context, args.budget))
+            fused = ours(model, policy, batch, args.context, args.budget, compile=True)
+            record("a2sf, compiled", batch, args.budget, *fused)
         except torch.cuda.OutOfMemoryError:
             print("out of memory at batch", batch)
             torch.cuda.empty_cache()

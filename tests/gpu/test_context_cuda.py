@@ -191,7 +191,20 @@ def test_a_long_prompt_costs_little_more_memory_than_attention_alone():
     with H2O(budget=1024).attach(model):
         peak()
         accumulated = peak()
-    print(
-        f"peak of a 16k prompt: sdpa {alone / 2**20:.0f} MiB, a2sf {scored / alone:.2f}x, h2o {accumulated / alone:.2f}x"
-    )
+    print(f"16k: sdpa {alone / 2**20:.0f} MiB, a2sf {scored / alone:.2f}x, h2o {accumulated / alone:.2f}x")
     assert scored <= 1.3 * alone and accumulated <= 1.3 * alone
+
+
+def test_compiled_blocks_and_fast_linear_maps_agree_with_plain_ones():
+    model = llama()
+    prompt = torch.randint(1, 512, (1, 200), device=CUDA)
+    ids = torch.randint(1, 512, (12, 1, 1), device=CUDA)
+    logits = {}
+    for graph, compiled in ((False, False), (None, False), (None, True)):
+        with torch.no_grad(), A2SF(budget=64).attach(model, graph=graph, compile=compiled):
+            cache = model(prompt, use_cache=True).past_key_values
+            logits[graph, compiled] = [model(input_ids=x, past_key_values=cache).logits.float() for x in ids]
+    for plain, captured, fused in zip(*logits.values(), strict=True):
+        assert (captured - plain).norm() / plain.norm() < 0.02
+        assert (fused - plain).norm() / plain.norm() < 0.02
+    assert "forward" not in vars(model.model.layers[0]) and "forward" not in vars(model.model.layers[0].mlp.up_proj)

@@ -59,7 +59,7 @@ def attend(
     if sliding_window is not None and layer.seen <= sliding_window:
         sliding_window = None
     policy.present(layer, step)
-    look = Look(query, scaling, softcap, sliding_window)
+    look = Look(query, scaling, softcap, sliding_window, None if sliding_window is None else policy.places(layer))
     plain = functools.partial(_attend_one if step.decoding else _attend_chunk, module, look, layer, policy, step)
     output = policy.respond(layer, look, step, plain)
     if not step.decoding:
@@ -73,7 +73,8 @@ def readable(layer: KeptLayer, look: Look, step: Step) -> Tensor | None:
     """``(batch, kv_heads, slots)`` entries that a token being decoded may see; ``None`` for all slots."""
     valid = layer.valid()
     if look.window is not None:
-        near = layer._positions(layer.slots) > step.rows(look.query.device) - 1 - look.window
+        assert look.places is not None
+        near = look.places > step.rows(look.query.device) - 1 - look.window
         valid = near if valid is None else valid & near
     return valid
 
@@ -111,7 +112,8 @@ def _attend_chunk(
         shown = entries - count + last
         mask = visible(first, last, count, entries, query.device)[None, None]
         if window is not None:
-            mask = mask & within(layer._positions(entries), first, last, count, window)
+            assert look.places is not None
+            mask = mask & within(look.places, first, last, count, window)
         if valid is not None:
             mask = mask & valid[:, :, None, :shown]
         rows, keys, values = query[:, :, first:last], every_key[:, :, :shown], every_value[:, :, :shown]
@@ -131,12 +133,14 @@ class Look:
     Attributes:
         query: ``(batch, heads, count, dim)``.
         scaling, softcap, window: of the model's attention.
+        places: where the entries stand as far as a window goes, ``(batch, kv_heads, slots)``; given with one.
     """
 
     query: Tensor
     scaling: float
     softcap: float | None
     window: int | None
+    places: Tensor | None = None
 
     def mass(self, layer: KeptLayer, weights: Tensor, step: Step) -> Tensor:
         """Attention that each entry received, ``(batch, kv_heads, slots)``; see :func:`attention_mass`.
@@ -155,7 +159,7 @@ class Look:
             valid=layer.valid(),
             softcap=self.softcap,
             window=self.window,
-            positions=None if self.window is None else layer._positions(layer.slots),
+            positions=self.places,
         )
 
 

@@ -24,6 +24,7 @@ from vestige.errors import InputError, PatchError
 
 if TYPE_CHECKING:
     from vestige.context.policy import CachePolicy, Evict
+    from vestige.context.rotary import Rotary
     from vestige.context.slots import SlotStep
 
 __all__ = ["KeptCache", "KeptLayer", "Step"]
@@ -165,7 +166,7 @@ class KeptLayer(CacheLayerMixin):
     def _write_within(self, step: Step, keys: Tensor, values: Tensor) -> None:
         """Decode within the budget: the lowest-ranked entry gives its slot to the new one."""
         assert step.allowed is not None
-        if self.slots > max(step.allowed):
+        if self.slots > max(step.allowed) or self._ranking.lag > 1:
             self.keep([allowed - 1 for allowed in step.allowed], [real - 1 for real in step.real])
             held = [min(real, allowed) - 1 for real, allowed in zip(step.real, step.allowed, strict=True)]
         else:
@@ -210,9 +211,9 @@ class KeptLayer(CacheLayerMixin):
         The first ``sinks`` tokens and the ``recent`` last ones rank above all others. ``real`` is the number of
         real tokens seen per row (default: of the step in progress).
         """
-        width = max(budgets)
-        if not self.is_initialized or width >= self.slots:
+        if not self.is_initialized or min(budgets) >= self.slots:
             return
+        width = min(max(budgets), self.slots)
         policy = self._ranking
         seen = per_row(real or self.cache.real, self.device)
         recent = per_row([policy.recent_tokens(budget) for budget in budgets], self.device)
@@ -315,7 +316,7 @@ class KeptLayer(CacheLayerMixin):
         remove = -tokens if tokens < 0 else self.seen - tokens
         if remove <= 0 or not self.is_initialized:
             return
-        if self.slots != self.seen or self.cache.padded or self.state:
+        if self.slots != self.seen or self.cache.padded or self.state or self.aside:
             raise InputError("a cache that has dropped or ranked entries cannot be rolled back")
         self._rewrite(lambda tensor: tensor[:, :, : self.seen - remove])
         self.seen -= remove
@@ -326,10 +327,14 @@ class KeptCache(Cache):
 
     Made by :meth:`vestige.context.policy.Kept.new_cache`; pass it as ``past_key_values`` or let the attached
     model make its own. ``get_seq_length()`` counts the tokens seen, so position ids stay those of the text.
+
+    Args:
+        rotary: the model's turns by position, for a policy that asks for them.
     """
 
-    def __init__(self, policy: CachePolicy, layers: int) -> None:
+    def __init__(self, policy: CachePolicy, layers: int, rotary: Rotary | None = None) -> None:
         self.policy = policy
+        self.rotary = rotary
         self.frozen = False
         self.step: Step | None = None
         self.slots_step: SlotStep | None = None  # set on the stand-in through which a graph is captured
@@ -370,10 +375,10 @@ class KeptCache(Cache):
             positions = torch.tensor(self.real, device=device)[:, None] + torch.arange(count, device=device)
         self.real = [seen + new for seen, new in zip(self.real, fresh, strict=True)]
         decoding = count == 1 and start > 0
-        allowed, ranking = None, self.policy.ranking
-        if ranking is not None and not self.frozen and ranking.acts(decoding):
-            allowed = [ranking.budget_tokens(real) for real in self.real]
         self.turn = self.turn + 1 if decoding else 0
+        allowed, ranking = None, self.policy.ranking
+        if ranking is not None and not self.frozen and ranking.acts(decoding) and self.turn % ranking.lag == 0:
+            allowed = [ranking.budget_tokens(real) for real in self.real]
         self.step = Step(count, start, positions, age, fresh, list(self.real), allowed, self.turn, ends_real)
 
     @property
@@ -398,9 +403,7 @@ class KeptCache(Cache):
 
     def fork(self) -> KeptCache:
         """An independent copy: what either does from here on leaves the other alone."""
-        twin = copy.copy(self)
-        twin.step, twin.real = None, list(self.real)
-        twin.layers = []
+        twin = self._twin()
         for layer in self.layers:
             other = copy.copy(layer)
             other.cache = twin
@@ -413,11 +416,9 @@ class KeptCache(Cache):
 
         One prefill under a budget of 1.0 (nothing dropped, everything ranked) so serves every budget.
         """
-        twin = copy.copy(self)
-        twin.step, twin.real, twin.frozen = None, list(self.real), True
-        twin.policy = self.policy.with_budget(budget)
+        twin = self._twin()
+        twin.policy, twin.frozen = self.policy.with_budget(budget), True
         assert twin.policy.ranking is not None
-        twin.layers = []
         budgets = [twin.policy.ranking.budget_tokens(real) for real in twin.real]
         for layer in self.layers:
             other = copy.copy(layer)
@@ -428,6 +429,12 @@ class KeptCache(Cache):
             else:
                 other.aside = {name: tensor.clone() for name, tensor in layer.aside.items()}
             twin.layers.append(other)
+        return twin
+
+    def _twin(self) -> KeptCache:
+        """A copy without layers."""
+        twin = copy.copy(self)
+        twin.step, twin.real, twin.layers = None, list(self.real), []
         return twin
 
     def reorder_cache(self, beam_idx: Tensor) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from vestige.context.attention import Look, attend
 from vestige.context.cache import KeptCache, KeptLayer, Step, budget_tokens, per_row
+from vestige.context.rotary import Rotary
 from vestige.context.slots import GraphedForward
 from vestige.core.anatomy import Anatomy
 from vestige.core.method import Method, param
@@ -38,6 +39,7 @@ class CachePolicy(Method):
     """
 
     needs_attention: ClassVar[bool] = False  # whether receive() is to be called
+    needs_rotary: ClassVar[bool] = False  # whether the cache must know the model's turns by position
 
     @property
     def ranking(self) -> Evict | None:
@@ -71,6 +73,10 @@ class CachePolicy(Method):
     def present(self, entries: KeptLayer, step: Step) -> None:
         """Make the entries ready to be attended to; the new ones are among them."""
 
+    def places(self, entries: KeptLayer) -> Tensor:
+        """Where attention takes each entry to stand, ``(batch, kv_heads, slots)``: what sliding windows go by."""
+        return entries._positions(entries.slots)
+
     def respond(self, entries: KeptLayer, look: Look, step: Step, plain: Callable[[], Tensor]) -> Tensor:
         """Attention of the queries over the entries, ``(batch, count, heads, dim)``.
 
@@ -85,19 +91,21 @@ class CachePolicy(Method):
         """Take note of one token's attention weights, ``(batch, kv_heads, group, slots)``; asked for by
         ``needs_attention``."""
 
-    def attach(self, model: nn.Module, *, graph: bool | None = None) -> Kept:
+    def attach(self, model: nn.Module, *, graph: bool | None = None, compile: bool = False) -> Kept:
         """Make ``model`` keep and read only what the policy allows, until the returned :class:`Kept` is left or undone.
 
         Args:
             graph: decode through a captured CUDA graph where shapes stay fixed. By default wherever entries are
                 dropped; ``True`` also where all are kept (sums are then in another order than the model's own),
                 ``False`` nowhere. Without CUDA it has no effect.
+            compile: fuse the model's small operations (torch.compile, block by block) before a step is captured:
+                some seconds once for each batch size, then a faster step.
 
         Raises:
             UnsupportedModelError: the model is no causal decoder that Vestige knows, or lacks what the policy needs.
             PatchConflictError: another policy is attached.
         """
-        return Kept(model, self, graph=graph)
+        return Kept(model, self, graph=graph, compile=compile)
 
 
 class Evict(CachePolicy):
@@ -109,6 +117,8 @@ class Evict(CachePolicy):
     sinks: int = param(0, "first tokens of the text that are always kept", ge=0)
     recent: int | float = param(0.5, "last tokens that are always kept: tokens (int), or a share of the budget", ge=0)
     when: Literal["both", "prefill", "decoding"] = param("both", "drop after prompt chunks, while decoding, or both")
+
+    lag: int = param(1, "decoding steps from one drop to the next; up to lag - 1 entries too many are held", ge=1)
 
     # By what the next entry to give up is found while decoding, if a kernel can: a graph needs it.
     decode_rank: ClassVar[Literal["mass", "position", "none"]] = "none"
@@ -206,7 +216,9 @@ class Kept:
     have made a cache; :meth:`new_cache` makes one to pass as ``past_key_values``.
     """
 
-    def __init__(self, model: nn.Module, policy: CachePolicy, *, graph: bool | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, policy: CachePolicy, *, graph: bool | None = None, compile: bool = False
+    ) -> None:
         anatomy = Anatomy.of(model)
         if not anatomy.causal:
             raise UnsupportedModelError(
@@ -214,6 +226,7 @@ class Kept:
             )
         policy.check_model(anatomy)
         self.policy, self.anatomy = policy, anatomy
+        self._rotary = Rotary.of(anatomy) if policy.needs_rotary else None
         self.cache: KeptCache | None = None
         self._running: KeptCache | None = None
         self._watchers: list[Callable[..., None]] = []
@@ -224,13 +237,18 @@ class Kept:
         self._patch.hook(anatomy.base, self._after, kind="forward")
         for layer in anatomy.layers:
             _attached[layer.attention] = self
-        self._graph = graph
+        self._graph, self.compile = graph, compile
         if graph is not False and torch.cuda.is_available():
             self._patch.attribute(model, "forward", GraphedForward(self, model).wrapped())
 
+    @property
+    def model(self) -> nn.Module:
+        """The model attached to."""
+        return self._patch.model
+
     def new_cache(self) -> KeptCache:
         """An empty cache that keeps what the policy keeps."""
-        return KeptCache(self.policy, self.anatomy.num_layers)
+        return KeptCache(self.policy, self.anatomy.num_layers, self._rotary)
 
     @property
     def nbytes(self) -> int:
@@ -262,6 +280,7 @@ class Kept:
             self._graph is not False
             and all(type(layer) is KeptLayer and layer.slots for layer in cache.layers)
             and isinstance(policy, Evict)
+            and policy.lag == 1
             and type(policy).present is CachePolicy.present
             and type(policy).respond is CachePolicy.respond
             and not any(self.anatomy.sliding_windows)
@@ -373,6 +392,7 @@ class Kept:
 _attached: weakref.WeakKeyDictionary[nn.Module, Kept] = weakref.WeakKeyDictionary()
 
 
+@torch.compiler.disable  # the attachment is looked up and its state written: nothing for a traced graph
 def _attention(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
     kept = _attached.get(module)
     if kept is None:  # a model that shares the config object of the one attached

@@ -10,10 +10,11 @@ shape: its tables take over the entries of the cache that is being decoded.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -201,15 +202,16 @@ class _GraphedStep:
             )
 
         # The tables hold nothing yet, so these runs, which compile and settle the kernels, can spoil nothing.
-        side = torch.cuda.Stream(device)
-        side.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(side):
-            for _ in range(2):
-                run()
-        torch.cuda.current_stream(device).wait_stream(side)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.output = run()
+        with _made_fast(kept, batch, stand_in):
+            side = torch.cuda.Stream(device)
+            side.wait_stream(torch.cuda.current_stream(device))
+            with torch.cuda.stream(side):
+                for _ in range(2):
+                    run()
+            torch.cuda.current_stream(device).wait_stream(side)
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.output = run()
 
     def holds(self, cache: KeptCache) -> bool:
         """Whether the tables hold this cache's entries, as it left them."""
@@ -232,6 +234,35 @@ class _GraphedStep:
         if self.mode:
             cache.padded = True  # slots may be empty from now on
         self._held = weakref.ref(cache)
+
+
+@contextlib.contextmanager
+def _made_fast(kept: Kept, batch: int, stand_in: KeptCache) -> Iterator[None]:
+    """While a step is captured: linear maps of one row read at full speed, small operations fused if asked for.
+
+    The graph keeps the kernels; the model is itself again afterwards.
+    """
+    from vestige.core.patch import Patch
+    from vestige.layers.ops.gemv_triton import linear_of_one, serves
+
+    with contextlib.ExitStack() as stack:
+        patch = stack.enter_context(Patch(kept.model, f"{kept.policy.name} (capture)"))
+        if batch == 1:
+            for module in filter(serves, kept.model.modules()):
+                patch.attribute(module, "forward", functools.partial(_linear, linear_of_one, module))
+        if kept.compile:
+            import torch._dynamo as dynamo
+
+            # One compilation serves all blocks only if their index is not taken for a constant.
+            stack.enter_context(dynamo.config.patch(allow_unspec_int_on_nn_module=True, recompile_limit=64))
+            stand_in.update = torch.compiler.disable(stand_in.update)  # type: ignore[method-assign]
+            for layer in kept.anatomy.layers:
+                patch.attribute(layer.block, "forward", torch.compile(layer.block.forward, dynamic=False))
+        yield
+
+
+def _linear(multiply: Callable[..., Tensor], module: nn.Linear, x: Tensor) -> Tensor:
+    return multiply(x, module.weight, module.bias)
 
 
 def _fill(table: SlotTable, layer: KeptLayer, cache: KeptCache, capacity: int, mode: int) -> None:
