@@ -22,9 +22,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from vestige.core.folders import cache_folder
 from vestige.errors import MissingPackageError, ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 __all__ = ["EMBEDDED", "embedded_folder"]
 
@@ -114,11 +118,11 @@ def _make(source: _Source, target: Path) -> None:
 
 def _convert(file: Path, folder: Path) -> None:
     import torch
-    from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
-    where = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name, "local_files_only": True}
-    read = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+    read = AutoModelForCausalLM.from_pretrained(
+        file.parent, gguf_file=file.name, local_files_only=True, dtype=torch.float32
+    )
     # transformers regards what it read as a quantised model, which it will not save; a plain model takes the weights.
     config = copy.deepcopy(read.config)
     if hasattr(config, "quantization_config"):
@@ -127,18 +131,45 @@ def _convert(file: Path, folder: Path) -> None:
     plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     plain.load_state_dict(read.state_dict())
     plain.generation_config = read.generation_config
-
-    tokenizer = AutoTokenizer.from_pretrained(**where)
-    # GGUF names the pre-tokenizer ("smollm") without spelling it out, and transformers then takes GPT-2's.
-    # SmolLM2's also splits off every digit first, which shows where digits follow spaces.
-    tokenizer.backend_tokenizer.pre_tokenizer = Sequence(
-        [Digits(individual_digits=True), ByteLevel(add_prefix_space=False, use_regex=True)]
-    )
-    tokenizer.model_max_length = config.max_position_embeddings
-    tokenizer.padding_side = "left"
-
     plain.to(torch.float16).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    _tokenizer(file).save_pretrained(folder)
+
+
+def _tokenizer(file: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer, built from the vocabulary and merges in the GGUF.
+
+    transformers' own reader differs between releases (5.17 takes the wrong end-of-text token), and none
+    knows SmolLM2's pre-tokenizer, which GGUF names without spelling it out: every digit stands alone.
+    """
+    from gguf import GGUFReader, TokenType
+    from tokenizers import AddedToken, Tokenizer
+    from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+    from tokenizers.models import BPE
+    from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
+    from transformers import PreTrainedTokenizerFast
+
+    fields = GGUFReader(file).fields
+
+    def field(name: str) -> Any:
+        return fields[f"tokenizer.{name}"].contents()
+
+    tokens, merges = field("ggml.tokens"), [tuple(merge.split(" ")) for merge in field("ggml.merges")]
+    bpe = Tokenizer(BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges))
+    bpe.pre_tokenizer = Sequence([Digits(individual_digits=True), ByteLevel(add_prefix_space=False)])
+    bpe.decoder = ByteLevelDecoder()
+    kinds = zip(tokens, field("ggml.token_type"), strict=True)
+    bpe.add_special_tokens([AddedToken(token, normalized=False) for token, kind in kinds if kind == TokenType.CONTROL])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        bos_token=tokens[field("ggml.bos_token_id")],
+        eos_token=tokens[field("ggml.eos_token_id")],
+        unk_token=tokens[field("ggml.unknown_token_id")],
+        pad_token=tokens[field("ggml.padding_token_id")],
+        chat_template=field("chat_template"),
+        model_max_length=fields["llama.context_length"].contents(),
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+    )
 
 
 @contextlib.contextmanager
