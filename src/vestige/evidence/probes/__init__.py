@@ -1,0 +1,1 @@
+"""Probes: what a model does with its context, measured from the inside."""
