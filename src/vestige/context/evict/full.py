@@ -17,3 +17,4 @@ class Full(Evict):
 
     budget: float = param(1.0, "share of the tokens that is kept: all", ge=1, le=1)
     recent: int | float = param(0, "without meaning here: nothing is dropped", ge=0)
+    lag: int = param(1, "without meaning here: nothing is dropped", ge=1)

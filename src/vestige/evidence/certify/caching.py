@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 
 from vestige.context.policy import CachePolicy
+from vestige.core.anatomy import Anatomy
 from vestige.core.patch import Patch
 from vestige.errors import SpecError
 from vestige.evidence.certify.suite import Case, NotApplicable
@@ -177,6 +178,8 @@ def reference_run(
     queries: dict[int, list[Tensor]] = {}
     kept: list[dict[int, Any]] = [{} for _ in chunks]
     parameters = {name: getattr(policy, name) for name in policy.parameters()}
+    rotary = getattr(Anatomy.of(model).base, "rotary_emb", None)
+    frequencies = None if rotary is None else rotary.inv_freq
 
     def attention(
         module: nn.Module,
@@ -197,6 +200,7 @@ def reference_run(
             chunks[: len(past)],
             scaling=scaling,
             window=sliding_window,
+            frequencies=frequencies,
             **parameters,
         )
         kept[len(past) - 1][module.layer_idx] = (trace.kept[-1],)  # type: ignore[index]

@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from vestige.evidence.references.caching import Trace, follow
+from vestige.evidence.references.caching import Sight, Trace, follow
 
 __all__ = ["simulate"]
 
@@ -42,7 +42,8 @@ def simulate(
         forgetting: alpha, by which a score is multiplied once per query.
     """
 
-    def decayed(S: Float[Tensor, "n n"]) -> Float[Tensor, " n"]:
+    def decayed(now: Sight) -> Float[Tensor, " n"]:
+        S = now.attention
         n = S.shape[0]
         power = forgetting ** torch.arange(n - 1, -1, -1, dtype=torch.float64)
         return power @ S

@@ -10,7 +10,8 @@ The order of events:
 - *Prompt* (a chunk of more than one token, or the first): the chunk's queries attend to what is held and, causally,
   to the chunk; then all but the budget are dropped.
 - *Decoding* (one token): with the budget full, what must give way is dropped first, so that no more than the budget
-  is ever held; then the token enters and attends to what is held, itself included.
+  is ever held; then the token enters and attends to what is held, itself included. Under a lag this is done at every
+  lag-th token since the prompt only, and at most lag - 1 entries too many are held meanwhile.
 
 Never dropped are the first ``sinks`` tokens of the text and the last ``recent`` ones, the token that enters
 included. The query heads of a group share their kv head's entries and add their probabilities up. A token in a
@@ -28,10 +29,33 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-__all__ = ["Score", "Trace", "follow"]
+__all__ = ["Score", "Sight", "Trace", "follow", "turned"]
 
-Score = Callable[[Float[Tensor, "n n"]], Float[Tensor, " n"]]
-"""From the probabilities that a kv head's queries gave to the tokens so far, to a score of each token."""
+
+@dataclass(frozen=True)
+class Sight:
+    """What a score may go by when something must be dropped.
+
+    Attributes:
+        head: the kv head.
+        group: its query heads.
+        held: positions that it holds, in rising order.
+        probability: ``(query_heads, n, n)`` of each query head, a row per query so far.
+    """
+
+    head: int
+    group: slice
+    held: tuple[int, ...]
+    probability: Float[Tensor, "heads n n"]
+
+    @property
+    def attention(self) -> Float[Tensor, "n n"]:
+        """Probabilities that the kv head's queries gave to the tokens, added up over its query heads."""
+        return self.probability[self.group].sum(dim=0)
+
+
+Score = Callable[[Sight], Float[Tensor, " n"]]
+"""A score of each token so far; those held with the lowest go."""
 
 
 @dataclass(frozen=True)
@@ -60,21 +84,28 @@ def follow(
     sinks: int,
     recent: int | float,
     when: Literal["both", "prefill", "decoding"],
+    lag: int = 1,
     scaling: float | None = None,
     window: int | None = None,
+    frequencies: Float[Tensor, " pairs"] | None = None,
+    place: Callable[[int, int, int], int] | None = None,
 ) -> Trace:
     """Follow a sequence through a layer under a policy.
 
     Args:
         query, key, value: as attention sees them, positions already in.
         chunks: tokens that come in together; they add up to T.
-        score: ranks the tokens of a kv head; the lowest go.
+        score: ranks the tokens of a kv head.
         budget: entries per kv head, or a share of the tokens seen, rounded up.
         sinks: first tokens that stay.
         recent: last tokens that stay, or a share of the budget, rounded down; what the sinks leave at most.
         when: whether something is dropped after a prompt, while decoding, or both.
+        lag: decoding steps from one drop to the next.
         scaling: factor of the logits (default: dim to the power -1/2).
         window: of a sliding-window layer.
+        frequencies: angles per position of a model with rotary positions.
+        place: where attention takes the token at a position to stand, given the position, the tokens seen before the
+            chunk and the entries held then; its key is turned to that place. Default: at its position.
     """
     query, key, value = query.double(), key.double(), value.double()
     heads, length, dim = query.shape
@@ -84,37 +115,67 @@ def follow(
     assert sum(chunks) == length
 
     held: list[set[int]] = [set() for _ in range(kv_heads)]
-    attention = torch.zeros(kv_heads, length, length, dtype=torch.float64)
+    probability = torch.zeros(heads, length, length, dtype=torch.float64)
     output = torch.zeros_like(query)
     kept = []
 
+    def sharing(head: int) -> slice:
+        return slice(head * group, (head + 1) * group)
+
     def drop(head: int, places: int, allowed: int, seen: int, asked: int) -> None:
         """Drop the lowest-scored entries until ``places`` are left, of ``seen`` tokens and ``asked`` queries so far."""
+        if len(held[head]) <= places:
+            return
         last = recent if isinstance(recent, int) else math.floor(recent * allowed)
         last = max(0, min(last, allowed - sinks))
-        ranks = score(attention[head, :asked, :asked])
+        ranks = score(Sight(head, sharing(head), tuple(sorted(held[head])), probability[:, :asked, :asked]))
         free = [p for p in held[head] if sinks <= p < seen - last]
         for p in sorted(free, key=lambda p: (float(ranks[p]), p)):  # of equals the older goes first
             if len(held[head]) > places:
                 held[head].remove(p)
 
-    start = 0
+    def attend(head: int, n: int, stands: Callable[[int], int]) -> None:
+        """Let the query of token ``n`` attend to what the head holds."""
+        visible = sorted(p for p in held[head] if window is None or n - stands(p) < window)
+        keys = key[head, visible]
+        if place is not None and frequencies is not None:
+            keys = turned(keys, [stands(p) - p for p in visible], frequencies)
+        share = (scaling * query[sharing(head), n] @ keys.T).softmax(dim=-1)
+        output[sharing(head), n] = share @ value[head, visible]
+        probability[sharing(head), n, visible] = share
+
+    start = turn = 0
     for count in chunks:
         end = start + count
         allowed = budget if isinstance(budget, int) else max(1, math.ceil(budget * end))
         decoding = count == 1 and start > 0
-        for head in range(kv_heads):
-            if decoding and when in ("both", "decoding"):
+        turn = turn + 1 if decoding else 0
+        if decoding and when in ("both", "decoding") and turn % lag == 0:
+            for head in range(kv_heads):
                 drop(head, allowed - 1, allowed, seen=end, asked=start)
+        for head in range(kv_heads):
+            before = len(held[head])
+
+            def stands(p: int, seen: int = start, before: int = before) -> int:
+                return place(p, seen, before) if place is not None else p
+
             for n in range(start, end):
                 held[head].add(n)
-                visible = sorted(p for p in held[head] if window is None or n - p < window)
-                for h in range(head * group, (head + 1) * group):
-                    probability = (scaling * key[head, visible] @ query[h, n]).softmax(dim=0)
-                    output[h, n] = probability @ value[head, visible]
-                    attention[head, n, visible] += probability
-            if not decoding and when in ("both", "prefill"):
+                attend(head, n, stands)
+        if not decoding and when in ("both", "prefill"):
+            for head in range(kv_heads):
                 drop(head, allowed, allowed, seen=end, asked=end)
         kept.append(tuple(tuple(sorted(positions)) for positions in held))
         start = end
+    attention = probability.unflatten(0, (kv_heads, group)).sum(dim=1)
     return Trace(tuple(kept), output, attention)
+
+
+def turned(
+    states: Float[Tensor, "n dim"], by: Sequence[int], frequencies: Float[Tensor, " pairs"]
+) -> Float[Tensor, "n dim"]:
+    """Each state turned on by a number of positions: dimension i against dimension i + pairs."""
+    pairs = len(frequencies)
+    angle = torch.tensor(by, dtype=torch.float64)[:, None] * frequencies.double()
+    plane = torch.complex(states[:, :pairs], states[:, pairs : 2 * pairs]) * torch.polar(torch.ones_like(angle), angle)
+    return torch.cat([plane.real, plane.imag, states[:, 2 * pairs :]], dim=1)

@@ -8,7 +8,7 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
-from vestige.evidence.references.caching import Trace, follow
+from vestige.evidence.references.caching import Sight, Trace, follow
 
 __all__ = ["simulate"]
 
@@ -28,8 +28,8 @@ def simulate(
     See :func:`~vestige.evidence.references.caching.follow` for the arguments.
     """
 
-    def first_come(S: Float[Tensor, "n n"]) -> Float[Tensor, " n"]:
-        return S.sum(dim=0)
+    def no_rank(now: Sight) -> Float[Tensor, " n"]:
+        raise AssertionError("nothing is ever dropped, so nothing is ranked")
 
     everything = sum(chunks)
     return follow(
@@ -37,7 +37,7 @@ def simulate(
         key,
         value,
         chunks,
-        first_come,
+        no_rank,
         budget=everything,
         sinks=0,
         recent=0,

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from jaxtyping import Float
 from torch import Tensor
 
-from vestige.evidence.references.caching import Trace, follow
+from vestige.evidence.references.caching import Sight, Trace, follow
 
 __all__ = ["simulate"]
 
@@ -34,7 +34,8 @@ def simulate(
 ) -> Trace:
     """Heavy hitters. See :func:`~vestige.evidence.references.caching.follow` for the arguments."""
 
-    def gathered(S: Float[Tensor, "n n"]) -> Float[Tensor, " n"]:
+    def gathered(now: Sight) -> Float[Tensor, " n"]:
+        S = now.attention
         return S.sum(dim=0)
 
     return follow(query, key, value, chunks, gathered, budget=budget, sinks=sinks, recent=recent, when=when, **layer)
