@@ -42,7 +42,12 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "opt": {**without(UNGROUPED, "intermediate_size"), "ffn_dim": 48, "word_embed_proj_dim": 32},
     "gpt_neox": UNGROUPED,
     "bert": ENCODER,
-    "vit": {**without(ENCODER, "vocab_size"), "image_size": 16, "patch_size": 4, "num_channels": 1},
+    "vit": {
+        **without(ENCODER, "vocab_size", "max_position_embeddings"),
+        "image_size": 16,
+        "patch_size": 4,
+        "num_channels": 1,
+    },
 }
 DECODERS = [family for family in FAMILIES if family not in ("bert", "vit")]
 

@@ -12,13 +12,33 @@ from vestige.core.method import Method, Paper, Verdict, param
 from vestige.core.registry import MethodCard, method, methods, registry
 
 if TYPE_CHECKING:
+    from vestige.core.anatomy import Anatomy, Architecture, Layer
     from vestige.core.patch import Patch
+    from vestige.core.projection import Projection
 
 _LATER = {
+    "Anatomy": "vestige.core.anatomy",
+    "Architecture": "vestige.core.anatomy",
+    "Layer": "vestige.core.anatomy",
     "Patch": "vestige.core.patch",
+    "Projection": "vestige.core.projection",
 }
 
-__all__ = ["Method", "MethodCard", "Paper", "Patch", "Verdict", "method", "methods", "param", "registry"]
+__all__ = [
+    "Anatomy",
+    "Architecture",
+    "Layer",
+    "Method",
+    "MethodCard",
+    "Paper",
+    "Patch",
+    "Projection",
+    "Verdict",
+    "method",
+    "methods",
+    "param",
+    "registry",
+]
 
 
 def __getattr__(name: str) -> Any:
