@@ -8,6 +8,7 @@ A randomly initialised Llama-3.1-8B shape in bf16. Every figure of one file come
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import statistics
 import time
@@ -176,7 +177,8 @@ def main() -> None:
             record("a2sf, compiled", batch, args.budget, *fused)
         except torch.cuda.OutOfMemoryError:
             print("out of memory at batch", batch)
-            torch.cuda.empty_cache()
+        gc.collect()
+        torch.cuda.empty_cache()
     record("full, graph", 1, args.context, *ours(model, Full(), 1, args.context, args.context))
     try:
         record("full, graph", 12, args.context, *ours(model, Full(), 12, args.context - 1025, args.context - 1025, 10))

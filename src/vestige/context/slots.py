@@ -148,11 +148,12 @@ class GraphedForward:
         else:
             capacity = cache.policy.budget
         key = (batch, capacity, mode, first.keys.dtype)
-        if key not in self._steps:
+        if key in self._steps:
+            self._steps[key].adopt(cache)
+        else:
             self._capturing = True
             self._steps[key] = _GraphedStep(self._forward, kept, cache, capacity, mode)
             self._capturing = False
-        self._steps[key].adopt(cache)
         return self._steps[key]
 
 
@@ -160,37 +161,18 @@ class _GraphedStep:
     """One captured step with the tables that it reads and writes."""
 
     def __init__(self, forward: Callable[..., Any], kept: Kept, cache: KeptCache, capacity: int, mode: int) -> None:
-        from vestige.layers.ops.decode_triton import SlotTable
-
         self.capacity, self.mode = capacity, mode
-        self._held: weakref.ref[KeptCache] | None = None
-        tables = []
-        for layer in cache.layers:
-            batch, heads, _, dim = layer.keys.shape
-            segments = batch * heads
-            ints = {"dtype": torch.int32, "device": layer.device}
-            flat = segments * capacity
-            tables.append(
-                SlotTable(
-                    keys=layer.keys.new_zeros(flat, dim),
-                    values=layer.values.new_zeros(flat, layer.values.shape[3]),
-                    positions=torch.zeros(flat, **ints),
-                    mass=torch.zeros(flat, device=layer.device) if mode == 1 else None,
-                    offset=torch.arange(segments, **ints) * capacity,
-                    length=torch.full((segments,), 1 if mode == 0 else capacity, **ints),
-                    target=torch.zeros(segments, **ints),
-                    rows=batch,
-                    kv_heads=heads,
-                    capacity=capacity,
-                )
-            )
-        device = cache.layers[0].device
+        tables = [_take(layer, capacity, mode) for layer in cache.layers]
+        if mode:
+            cache.padded = True  # slots may be empty from now on
+        self._held: weakref.ref[KeptCache] | None = weakref.ref(cache)
+        batch, device = cache.layers[0].keys.shape[0], cache.layers[0].device
         self.seen = torch.ones(batch, dtype=torch.int32, device=device)
         self.step = SlotStep(tables, self.seen, mode, cache.policy)
         self.input_ids = torch.zeros(batch, 1, dtype=torch.long, device=device)
         self.position_ids = torch.zeros(batch, 1, dtype=torch.long, device=device)
         stand_in = kept.new_cache()
-        stand_in.step, stand_in.slots_step = None, self.step  # type: ignore[assignment]
+        stand_in.slots_step = self.step
         for layer, twin in zip(cache.layers, stand_in.layers, strict=True):
             twin.dtype, twin.device, twin.is_initialized, twin.seen = layer.dtype, layer.device, True, 1
             twin.keys, twin.values = layer.keys[:, :, :1], layer.values[:, :, :1]
@@ -201,17 +183,28 @@ class _GraphedStep:
                 input_ids=self.input_ids, position_ids=self.position_ids, past_key_values=stand_in, use_cache=True
             )
 
-        # The tables hold nothing yet, so these runs, which compile and settle the kernels, can spoil nothing.
+        def shrink() -> None:
+            """With segments of one slot, runs that compile and settle the kernels touch that slot alone."""
+            for table in tables:
+                table.length.fill_(1)
+                table.target.zero_()
+
+        spoiled = [(flat, table.offset, flat[table.offset]) for table in tables for flat in table.entries()]
         with _made_fast(kept, batch, stand_in):
             side = torch.cuda.Stream(device)
             side.wait_stream(torch.cuda.current_stream(device))
             with torch.cuda.stream(side):
                 for _ in range(2):
+                    shrink()
                     run()
+                shrink()
             torch.cuda.current_stream(device).wait_stream(side)
             self.graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graph):
                 self.output = run()
+        for flat, first_slots, entries in spoiled:
+            flat[first_slots] = entries
+        self._set_out(cache)
 
     def holds(self, cache: KeptCache) -> bool:
         """Whether the tables hold this cache's entries, as it left them."""
@@ -228,12 +221,28 @@ class _GraphedStep:
         if before is not None and before is not cache and self.holds(before):
             for layer in before.layers:
                 layer._rewrite(lambda tensor: tensor.clone())
+        for layer, table in zip(cache.layers, self.step.tables, strict=True):
+            _fill(table, layer, self.mode)
+        if self.mode:
+            cache.padded = True
+        self._held = weakref.ref(cache)
+        self._set_out(cache)
+
+    def _set_out(self, cache: KeptCache) -> None:
+        """Set what the step counts by, and choose the slots of the next token."""
         self.seen.copy_(torch.tensor(cache.real, dtype=torch.int32))
         for layer, table in zip(cache.layers, self.step.tables, strict=True):
-            _fill(table, layer, cache, self.capacity, self.mode)
-        if self.mode:
-            cache.padded = True  # slots may be empty from now on
-        self._held = weakref.ref(cache)
+            if self.mode == 0:
+                table.length.fill_(layer.slots)
+                table.target.fill_(layer.slots)
+                continue
+            table.length.fill_(self.capacity)
+            policy = cache.policy
+            real = torch.tensor(cache.real, device=layer.device)[:, None, None] + 1
+            rank = (layer.state["mass"] if self.mode == 1 else layer.positions).float()
+            spared = (layer.positions < policy.sinks) | (layer.positions >= real - policy.recent_tokens(self.capacity))
+            rank = rank.masked_fill(spared, 3e38).masked_fill(layer.positions == EMPTY, -1.0)
+            table.target.copy_(rank.argmin(dim=2).flatten())
 
 
 @contextlib.contextmanager
@@ -254,7 +263,7 @@ def _made_fast(kept: Kept, batch: int, stand_in: KeptCache) -> Iterator[None]:
             import torch._dynamo as dynamo
 
             # One compilation serves all blocks only if their index is not taken for a constant.
-            stack.enter_context(dynamo.config.patch(allow_unspec_int_on_nn_module=True, recompile_limit=64))
+            stack.enter_context(dynamo.config.patch(allow_unspec_int_on_nn_module=True, recompile_limit=4096))
             stand_in.update = torch.compiler.disable(stand_in.update)  # type: ignore[method-assign]
             for layer in kept.anatomy.layers:
                 patch.attribute(layer.block, "forward", torch.compile(layer.block.forward, dynamic=False))
@@ -265,37 +274,73 @@ def _linear(multiply: Callable[..., Tensor], module: nn.Linear, x: Tensor) -> Te
     return multiply(x, module.weight, module.bias)
 
 
-def _fill(table: SlotTable, layer: KeptLayer, cache: KeptCache, capacity: int, mode: int) -> None:
-    """Copy a layer's entries into its table, choose the slot of the next token, and make the layer a view of it."""
-    policy = cache.policy
-    if mode and layer.slots > capacity:
-        layer.keep([capacity - 1] * len(cache.real))
+def _take(layer: KeptLayer, capacity: int, mode: int) -> SlotTable:
+    """A table made of a layer's own entries; the layer becomes a view of it."""
+    from vestige.layers.ops.decode_triton import SlotTable
+
+    _within(layer, capacity, mode)
     batch, heads, held, _ = layer.keys.shape
+    segments = batch * heads
+
+    def widened(tensor: Tensor, empty: int) -> Tensor:
+        if held == capacity:
+            return tensor.contiguous()
+        wide = tensor.new_full((batch, heads, capacity, *tensor.shape[3:]), empty)
+        wide[:, :, :held] = tensor
+        return wide
+
+    ints = {"dtype": torch.int32, "device": layer.device}
+    layer._room = {}
+    layer.positions = widened(layer._positions(held), EMPTY)
+    layer.keys = widened(layer.keys, 0)
+    layer.values = widened(layer.values, 0)
+    if mode == 1:
+        mass = layer.state.get("mass")
+        layer.state["mass"] = widened(
+            torch.zeros_like(layer.positions, dtype=torch.float32) if mass is None else mass, 0
+        )
+    table = SlotTable(
+        keys=layer.keys.view(segments * capacity, -1),
+        values=layer.values.view(segments * capacity, -1),
+        positions=layer.positions.view(-1),
+        mass=layer.state["mass"].view(-1) if mode == 1 else None,
+        offset=torch.arange(segments, **ints) * capacity,
+        length=torch.full((segments,), held, **ints),
+        target=torch.zeros(segments, **ints),
+        rows=batch,
+        kv_heads=heads,
+        capacity=capacity,
+    )
+    _view(table, layer, held if mode == 0 else capacity)
+    return table
+
+
+def _within(layer: KeptLayer, capacity: int, mode: int) -> None:
+    """Cut a layer that holds more than its budget, leaving room for the next token."""
+    if mode and layer.slots > capacity:
+        layer.keep([capacity - 1] * len(layer.cache.real))
+
+
+def _fill(table: SlotTable, layer: KeptLayer, mode: int) -> None:
+    """Copy a layer's entries into a table; the layer becomes a view of it."""
+    _within(layer, table.capacity, mode)
+    held = layer.slots
 
     def over(flat: Tensor) -> Tensor:
-        return flat.view(batch, heads, capacity, *flat.shape[1:])
+        return flat.view(table.rows, table.kv_heads, table.capacity, *flat.shape[1:])
 
     over(table.keys)[:, :, :held] = layer.keys
     over(table.values)[:, :, :held] = layer.values
     positions = over(table.positions)
     positions[:, :, :held] = layer._positions(held)
     positions[:, :, held:] = EMPTY
-    table.length.fill_(held if mode == 0 else capacity)
     if table.mass is not None:
         mass = over(table.mass)
         mass.zero_()
         if "mass" in layer.state:
             mass[:, :, :held] = layer.state["mass"]
         layer.state["mass"] = mass
-    _view(table, layer, held if mode == 0 else capacity)
-    if mode == 0:
-        table.target.fill_(held)
-        return
-    real = torch.tensor(cache.real, device=layer.device)[:, None, None] + 1
-    rank = (mass if table.mass is not None else positions).float()
-    spared = (positions < policy.sinks) | (positions >= real - policy.recent_tokens(capacity))
-    rank = rank.masked_fill(spared, 3e38).masked_fill(positions == EMPTY, -1.0)
-    table.target.copy_(rank.argmin(dim=2).flatten())
+    _view(table, layer, held if mode == 0 else table.capacity)
 
 
 def _view(table: SlotTable, layer: KeptLayer, slots: int) -> None:

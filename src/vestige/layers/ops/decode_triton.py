@@ -49,17 +49,10 @@ class SlotTable:
     kv_heads: int
     capacity: int
 
-    def tensors(self) -> dict[str, Tensor]:
-        """All that it holds, by name."""
-        held = {
-            "keys": self.keys,
-            "values": self.values,
-            "positions": self.positions,
-            "offset": self.offset,
-            "length": self.length,
-            "target": self.target,
-        }
-        return held if self.mass is None else held | {"mass": self.mass}
+    def entries(self) -> list[Tensor]:
+        """What is held for each slot."""
+        held = [self.keys, self.values, self.positions]
+        return held if self.mass is None else [*held, self.mass]
 
 
 @triton.jit

@@ -1,0 +1,2 @@
+def fla_recurrence(*a, **k):
+    return None
