@@ -180,10 +180,13 @@ class Reading:
     valid: Tensor | None = None
 
     def attend(self, look: Look) -> tuple[Tensor, Tensor]:
-        """Output ``(batch, count, heads, dim)`` and weights ``(batch, kv_heads, group, count, entries)``.
+        """Output ``(batch, count, heads, dim)``, and the weights that gave it."""
+        share = self.weights(look)
+        output = (share.to(self.values.dtype).flatten(2, 3) @ self.values).unflatten(2, share.shape[2:4])
+        return output.flatten(1, 2).transpose(1, 2), share
 
-        The weights are float32 (float64 for float64 input); zero where a query may see nothing.
-        """
+    def weights(self, look: Look) -> Float[Tensor, "batch kv group count entries"]:
+        """Attention weights, float32 (float64 for float64 input); zero where a query may see nothing."""
         products = [_products(query, keys) for query, keys in self.parts]
         logits = (products[0] if len(products) == 1 else torch.cat(products, dim=-1)) * look.scaling
         if look.softcap is not None:
@@ -192,10 +195,7 @@ class Reading:
             valid = self.valid[:, :, None] if self.valid.dim() == 4 else self.valid[:, :, None, None]
             logits = logits.masked_fill(~valid, float("-inf"))
         share = torch.softmax(logits, dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
-        if self.valid is not None:
-            share = share.nan_to_num()
-        output = (share.to(self.values.dtype).flatten(2, 3) @ self.values).unflatten(2, share.shape[2:4])
-        return output.flatten(1, 2).transpose(1, 2), share
+        return share if self.valid is None else share.nan_to_num()
 
 
 def _products(query: Tensor, keys: Tensor) -> Tensor:

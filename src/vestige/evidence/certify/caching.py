@@ -17,6 +17,7 @@ from vestige.core.anatomy import Anatomy
 from vestige.core.patch import Patch
 from vestige.errors import SpecError
 from vestige.evidence.certify.suite import Case, NotApplicable
+from vestige.evidence.references import reference_of
 from vestige.models.tiny import tiny_model
 
 __all__ = [
@@ -39,7 +40,8 @@ class CacheCase(Case):
     """A cache policy, and the small models it is tried on.
 
     The policy under certification may have a budget of thousands of tokens; on prompts of a few dozen it would never
-    drop anything. :attr:`fitted` has a budget that binds there, and every other hyper-parameter as given.
+    drop anything. :attr:`fitted` has a budget that binds there, what the reference module's ``SMALL`` says of other
+    sizes, and every other hyper-parameter as given.
     """
 
     method: CachePolicy
@@ -61,6 +63,7 @@ class CacheCase(Case):
         """The policy with a budget that binds on short prompts, where it has one that can be set."""
         given = {name: getattr(self.method, name, None) for name in self.method.parameters()}
         changes: dict[str, Any] = {"budget": BUDGET} if "budget" in given else {}
+        changes |= getattr(reference_of(self.method.name), "SMALL", {})
         if type(given.get("sinks")) is int and given["sinks"] > SINKS:
             changes["sinks"] = SINKS
         if type(given.get("recent")) is int and given["recent"] > RECENT:
@@ -69,6 +72,17 @@ class CacheCase(Case):
             return self.method.replace(**changes)
         except SpecError:
             return self.method
+
+    def roomy(self, tokens: int) -> CachePolicy:
+        """The fitted policy in a form that loses nothing over that many tokens.
+
+        Raises:
+            NotApplicable: it has no such form.
+        """
+        policy = self.fitted.lossless(tokens)
+        if policy is None:
+            raise NotApplicable("the policy has no form that loses nothing")
+        return policy
 
     @property
     def bounded(self) -> bool:

@@ -272,7 +272,7 @@ def left_padded_rows_have_their_own_shares(case: CacheCase) -> Seen:
 @policies.check("invariance")
 def chunked_prompt_is_whole_prompt(case: CacheCase) -> Seen:
     """While nothing has to be dropped inside the prompt, its chunking changes nothing, then or later."""
-    policy = case.variant(budget=PROMPT) if case.bounded else case.fitted
+    policy = case.roomy(PROMPT)
     model, tokens = case.tiny("llama"), case.tokens(1, PROMPT + DECODED)
     whole = run_attached(policy, model, tokens, CHUNKS)
     parts = run_attached(policy, model, tokens, (7, 13, 1, 5, *[1] * DECODED))
@@ -282,7 +282,7 @@ def chunked_prompt_is_whole_prompt(case: CacheCase) -> Seen:
 @policies.check("invariance")
 def cached_is_uncached(case: CacheCase) -> Seen:
     """While nothing is dropped, token by token gives the logits of the plain model without a cache."""
-    policy = case.variant(budget=PROMPT + DECODED) if case.bounded else case.fitted
+    policy = case.roomy(PROMPT + DECODED)
     largest = 0.0
     for architecture in ("llama", "gpt2", "opt", "gpt-neox"):
         model, tokens = case.tiny(architecture), case.tokens(2, PROMPT + DECODED)
@@ -319,7 +319,7 @@ def beam_search_runs(case: CacheCase) -> Seen:
     model, tokens = case.tiny("llama"), case.tokens(2, PROMPT)
     search = {"num_beams": 3, "max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
     plain = model.generate(tokens, **search)
-    roomy = case.variant(budget=4 * PROMPT) if case.bounded else case.fitted
+    roomy = case.roomy(4 * PROMPT)
     with roomy.attach(model):
         same = model.generate(tokens, **search)
     expect(torch.equal(plain, same), f"beams differ where nothing is dropped: {same.tolist()} and {plain.tolist()}")
@@ -365,7 +365,7 @@ def a_fork_goes_its_own_way(case: CacheCase) -> Seen:
 def bfloat16_is_finite_and_close(case: CacheCase) -> Seen:
     """In bfloat16 all is finite; while nothing is dropped, as near to float64 as the plain model in bfloat16."""
     tokens = case.tokens(2, PROMPT + DECODED)
-    roomy = case.variant(budget=PROMPT + DECODED) if case.bounded else case.fitted
+    roomy = case.roomy(PROMPT + DECODED)
     worst = 0.0
     for architecture in ("llama", "gpt2"):
         half, exact = case.tiny(architecture, torch.bfloat16), case.tiny(architecture)
