@@ -13,6 +13,7 @@ from vestige.core.registry import MethodCard, method, methods, registry
 
 if TYPE_CHECKING:
     from vestige.core.anatomy import Anatomy, Architecture, Layer
+    from vestige.core.ledger import Ledger
     from vestige.core.patch import Patch
     from vestige.core.projection import Projection
 
@@ -20,6 +21,7 @@ _LATER = {
     "Anatomy": "vestige.core.anatomy",
     "Architecture": "vestige.core.anatomy",
     "Layer": "vestige.core.anatomy",
+    "Ledger": "vestige.core.ledger",
     "Patch": "vestige.core.patch",
     "Projection": "vestige.core.projection",
 }
@@ -28,6 +30,7 @@ __all__ = [
     "Anatomy",
     "Architecture",
     "Layer",
+    "Ledger",
     "Method",
     "MethodCard",
     "Paper",
