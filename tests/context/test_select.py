@@ -6,9 +6,11 @@ import pytest
 import torch
 
 from vestige.context.select.recycled_attention import RecycledAttention
-from vestige.errors import SpecError
+from vestige.context.select.tidal_decode import TidalDecode
+from vestige.errors import InputError, SpecError
 from vestige.evidence.certify.caching import feed, reference_run
 from vestige.evidence.references import recycled_attention as recycled_reference
+from vestige.evidence.references import tidal_decode as tidal_reference
 from vestige.models.tiny import tiny_model
 
 PROMPT, DECODED = 26, 14
@@ -80,3 +82,77 @@ def test_a_partial_step_reads_the_budget_alone(monkeypatch):
 def test_a_smoothing_window_has_a_middle():
     with pytest.raises(SpecError, match="pool"):
         RecycledAttention(pool=4)
+
+
+@pytest.mark.parametrize("form", [{"start": 1, "again": 3}, {"start": 2, "again": 0.5}, {"start": 5, "again": None}])
+@pytest.mark.parametrize("budget", [6, 0.25])
+def test_layers_read_what_the_last_choosing_layer_chose(form, budget):
+    model, ids = tiny_model("llama-deep", torch.float64), tokens(1, PROMPT + DECODED)
+    policy = TidalDecode(budget=budget, **form)
+    due = torch.cat(reference_run(model, ids, CHUNKS, tidal_reference.simulate, policy).logits, dim=1)
+    mine = logits(policy, model, ids, CHUNKS)
+    assert (mine - due).abs().max() < 1e-6
+
+
+def plain_logits(model, ids, mask=None):
+    with torch.no_grad():
+        positions = None if mask is None else (mask.cumsum(1) - 1).clamp_min(0)
+        return model(ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_a_correction_makes_good_what_was_read_sparsely(architecture, padded):
+    model, ids = tiny_model(architecture, torch.float64), tokens(2, PROMPT + DECODED)
+    mask = torch.ones_like(ids)
+    if padded:
+        mask[0, :9] = 0
+    with TidalDecode(budget=5, start=0, again=None, correction=4).attach(model) as kept:
+        cache = kept.new_cache()
+        mine = torch.cat(feed(model, ids, CHUNKS, cache, mask).logits, dim=1)
+        assert cache.real == mask.sum(dim=1).tolist() and cache.get_seq_length() == ids.shape[1]
+    error = (mine - plain_logits(model, ids, mask)).abs().amax(dim=(0, 2))[PROMPT:]
+    corrected = torch.arange(1, DECODED + 1) % 4 == 0
+    assert error[corrected].max() < 1e-6 < 1e-3 < error[~corrected].min()
+
+
+def test_a_correction_at_every_token_is_full_attention():
+    model, ids = tiny_model("llama", torch.float64), tokens(2, PROMPT + DECODED)
+    mine = logits(TidalDecode(budget=5, start=0, again=None, correction=1), model, ids, CHUNKS)
+    assert (mine - plain_logits(model, ids)).abs().max() < 1e-6
+
+
+def test_generation_and_beams_go_through_corrections():
+    model, ids = tiny_model("llama", torch.float32), tokens(2, PROMPT)
+    options = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False}
+    found = {}
+    with TidalDecode(budget=64, start=0, again=None, correction=5).attach(model):
+        for beams in (1, 3):
+            mine = model.generate(ids, num_beams=beams, **options)
+            hidden = model.model(ids, output_hidden_states=True)
+            assert hidden.hidden_states[-1].shape[1] == PROMPT
+            found[beams] = mine
+    for beams, mine in found.items():
+        assert torch.equal(mine, model.generate(ids, num_beams=beams, **options))
+
+
+def test_a_correction_wants_one_kind_of_input():
+    model, ids = tiny_model("llama", torch.float64), tokens(1, PROMPT + 2)
+    with TidalDecode(budget=5, start=0, again=None, correction=4).attach(model) as kept, torch.no_grad():
+        cache = kept.new_cache()
+        model(ids[:, :PROMPT], past_key_values=cache)
+        model(ids[:, PROMPT : PROMPT + 1], past_key_values=cache)
+        with pytest.raises(InputError, match="inputs_embeds"):
+            model(inputs_embeds=model.get_input_embeddings()(ids[:, -1:]), past_key_values=cache)
+
+
+@pytest.mark.parametrize("form", [{"start": 2}, {"start": 0, "again": 2}])
+def test_layers_that_the_model_lacks_are_refused(form):
+    with pytest.raises(SpecError, match="0 to 1"):
+        TidalDecode(**form).attach(tiny_model("llama"))
+
+
+@pytest.mark.parametrize("form", [{"start": 3, "again": 3}, {"again": 1.5}, {"budget": 1.5}, {"budget": 0}])
+def test_forms_that_cannot_be_are_refused(form):
+    with pytest.raises(SpecError, match=next(reversed(form))):
+        TidalDecode(**form)

@@ -318,8 +318,16 @@ class KeptLayer(CacheLayerMixin):
             return
         if self.slots != self.seen or self.cache.padded or self.state or self.aside:
             raise InputError("a cache that has dropped or ranked entries cannot be rolled back")
-        self._rewrite(lambda tensor: tensor[:, :, : self.seen - remove])
-        self.seen -= remove
+        self.rewind(remove)
+
+    def rewind(self, count: int) -> None:
+        """Forget the last tokens, which must be the last entries."""
+        self.seen -= count
+        self._room = {}
+        self.keys, self.values = self.keys[:, :, :-count], self.values[:, :, :-count]
+        if self.positions is not None:
+            self.positions = self.positions[:, :, :-count]
+        self.state = {name: tensor[:, :, :-count] for name, tensor in self.state.items()}
 
 
 class KeptCache(Cache):
@@ -452,6 +460,12 @@ class KeptCache(Cache):
     def reset(self) -> None:
         super().reset()
         self.step, self.real, self.turn, self.padded = None, [], 0, False
+
+    def rewind(self, count: int) -> None:
+        """Forget the last ``count`` tokens, real in every row, of a cache that drops nothing."""
+        for layer in self.layers:
+            layer.rewind(count)
+        self.real = [real - count for real in self.real]
 
     def crop(self, max_length: int) -> None:
         before = self.get_seq_length()

@@ -7,6 +7,7 @@ prompt, while decoding, or both). Attached to a model, it makes the model's cach
 
 from __future__ import annotations
 
+import inspect
 import math
 import sys
 import weakref
@@ -69,6 +70,13 @@ class CachePolicy(Method):
     def lossless(self, tokens: int) -> CachePolicy | None:
         """The policy with parameters under which it changes nothing over that many tokens, or ``None``."""
         return None
+
+    def reread(self, cache: KeptCache, name: str, inputs: Tensor) -> Tensor:
+        """What to feed to the model: the inputs that come, after earlier ones that are to be read once more.
+
+        ``name`` says which the ``inputs`` are: ``input_ids`` ``(batch, count)``, or ``inputs_embeds``.
+        """
+        return inputs
 
     def present(self, entries: KeptLayer, step: Step) -> None:
         """Make the entries ready to be attended to; the new ones are among them."""
@@ -229,6 +237,7 @@ class Kept:
         self._rotary = Rotary.of(anatomy) if policy.needs_rotary else None
         self.cache: KeptCache | None = None
         self._running: KeptCache | None = None
+        self._again = 0  # tokens that are read once more before those that come
         self._watchers: list[Callable[..., None]] = []
         self._own = _OwnAttention(anatomy)
         self._patch = Patch(model, policy.name, claims={"kv-cache"})
@@ -320,8 +329,10 @@ class Kept:
     ) -> None:
         self.undo()
 
-    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         """Put a kept cache where the model would use one of its own, and tell it what comes."""
+        if args:
+            args, kwargs = (), dict(zip(inspect.signature(module.forward).parameters, args, strict=False)) | kwargs
         cache = kwargs.get("past_key_values")
         uses_cache = kwargs.get("use_cache")
         if uses_cache is None:
@@ -333,18 +344,20 @@ class Kept:
                     "pass one of Kept.new_cache(), or none"
                 )
             if not (uses_cache or cache is not None):
-                self._running = None
-                return None
+                self._running, self._again = None, 0
+                return args, kwargs
             cache = self.new_cache()
-        inputs = kwargs.get("input_ids")
-        if inputs is None:
-            inputs = kwargs.get("inputs_embeds")
-        if inputs is None:
-            inputs = args[0]
+        name = "input_ids" if kwargs.get("input_ids") is not None else "inputs_embeds"
+        inputs = kwargs[name]
         if cache.slots_step is not None:
             self._running = cache
-            return None
-        cache.begin(inputs.shape[0], inputs.shape[1], kwargs.get("attention_mask"), inputs.device)
+            return args, kwargs
+        fed = self.policy.reread(cache, name, inputs)
+        self._again = fed.shape[1] - inputs.shape[1]
+        if self._again:
+            cache.rewind(self._again)
+            kwargs = {**_earlier(kwargs, self._again), name: fed}
+        cache.begin(fed.shape[0], fed.shape[1], kwargs.get("attention_mask"), fed.device)
         self.cache = self._running = cache
         return args, {**kwargs, "past_key_values": cache, "use_cache": True}
 
@@ -352,6 +365,11 @@ class Kept:
         if self._running is not None:
             self._running.step = None  # what it holds is no part of the cache, and would stay with it
         self._running = None
+        if self._again:  # the caller asked for the tokens that are new
+            output.last_hidden_state = output.last_hidden_state[:, self._again :]
+            if output.get("hidden_states") is not None:
+                output.hidden_states = tuple(states[:, self._again :] for states in output.hidden_states)
+            self._again = 0
 
     def _untouched(self) -> bool:
         """Whether the model's own attention can serve: no kept cache, or one from which nothing can be missing."""
@@ -410,6 +428,20 @@ def _of_config(config: Any) -> Kept:
     """The attachment of a config; of several models that share it, the one that is running."""
     found = {id(kept): kept for kept in _attached.values() if kept.anatomy.config is config}
     return max(found.values(), key=lambda kept: kept._running is not None)
+
+
+def _earlier(kwargs: dict[str, Any], count: int) -> dict[str, Any]:
+    """Positions and mask of inputs that begin ``count`` tokens earlier."""
+    changed = dict(kwargs)
+    for name in ("position_ids", "cache_position"):
+        positions = kwargs.get(name)
+        if positions is not None:
+            before = torch.arange(-count, 0, device=positions.device) + positions[..., :1]
+            changed[name] = torch.cat([before, positions], dim=-1)
+    mask = kwargs.get("attention_mask")
+    if mask is not None and mask.shape[1] == 1:
+        changed["attention_mask"] = torch.cat([mask.new_ones(mask.shape[0], count), mask], dim=1)
+    return changed
 
 
 def _scaling(query: Tensor, given: float | None) -> float:

@@ -42,6 +42,13 @@ def _llama() -> PreTrainedModel:
     return LlamaForCausalLM(config)
 
 
+def _llama_deep() -> PreTrainedModel:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = _DECODER | {"num_hidden_layers": 6}
+    return LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=6, num_key_value_heads=2, head_dim=6))
+
+
 def _mistral() -> PreTrainedModel:
     from transformers import MistralConfig, MistralForCausalLM
 
@@ -95,6 +102,7 @@ def _vit() -> PreTrainedModel:
 
 ARCHITECTURES: dict[str, Callable[[], Any]] = {
     "llama": _llama,
+    "llama-deep": _llama_deep,
     "mistral": _mistral,
     "qwen2": _qwen2,
     "gpt2": _gpt2,
@@ -114,8 +122,9 @@ def tiny_model(
     The weights depend on the seed alone: a float64 model is the float32 one, to float32's precision.
 
     Args:
-        architecture: ``llama`` (9 query heads, 3 kv heads), ``mistral`` and ``qwen2`` (6 and 2, sliding window of 20
-            tokens, in ``qwen2`` in the second layer only), ``gpt2``, ``opt``, ``gpt-neox``, ``bert``, ``vit``.
+        architecture: ``llama`` (9 query heads, 3 kv heads), ``llama-deep`` (6 layers, where the others have 2; 6 query
+            heads, 2 kv heads), ``mistral`` and ``qwen2`` (6 and 2, sliding window of 20 tokens, in ``qwen2`` in the
+            second layer only), ``gpt2``, ``opt``, ``gpt-neox``, ``bert``, ``vit``.
 
     Raises:
         SpecError: unknown architecture.

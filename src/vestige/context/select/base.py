@@ -69,6 +69,11 @@ class Picked:
         rows = torch.arange(batch, device=tensor.device)[:, None, None]
         return tensor[rows, torch.arange(heads, device=tensor.device)[:, None], self.slots]
 
+    def reading(self, entries: KeptLayer, look: Look, readable: Tensor | None) -> Reading:
+        """The picked entries alone, of which a token sees those that are ``readable``."""
+        valid = self.exist if readable is None else self.exist & self.of(readable)
+        return Reading(((look.query, self.of(entries.keys)),), self.of(entries.values), valid)
+
 
 def strongest(
     rank: Float[Tensor, "batch kv slots"], counts: list[int], valid: Tensor | None, ties: bool = False

@@ -4,6 +4,7 @@ looking at what a model or a cache holds."""
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -194,6 +195,8 @@ def reference_run(
     parameters = {name: getattr(policy, name) for name in policy.parameters()}
     rotary = getattr(Anatomy.of(model).base, "rotary_emb", None)
     frequencies = None if rotary is None else rotary.inv_freq
+    asks = inspect.signature(simulate).parameters
+    traces: dict[int, Any] = {}
 
     def attention(
         module: nn.Module,
@@ -207,6 +210,8 @@ def reference_run(
     ) -> tuple[Tensor, None]:
         past = queries.setdefault(module.layer_idx, [])  # type: ignore[arg-type]
         past.append(query[0])
+        index: int = module.layer_idx  # type: ignore[assignment]
+        place = {"layer": index, "layers": model.config.num_hidden_layers, "below": traces}
         trace = simulate(
             torch.cat(past, dim=1),
             key[0],
@@ -216,7 +221,9 @@ def reference_run(
             window=sliding_window,
             frequencies=frequencies,
             **parameters,
+            **{name: known for name, known in place.items() if name in asks},
         )
+        traces[index] = trace
         kept[len(past) - 1][module.layer_idx] = (trace.kept[-1],)  # type: ignore[index]
         output = trace.output[:, -query.shape[2] :].transpose(0, 1)[None]
         return output.to(query.dtype).contiguous(), None

@@ -5,8 +5,9 @@ holds the reference of one method. It is written to be read beside the paper: no
 numerical device that the equations do not need. The functions that it must offer are fixed by the family:
 
 - cache policies (room ``context``): ``simulate(query, key, value, chunks, ..., **hyper-parameters) -> Trace``;
-  see :mod:`vestige.evidence.references.caching`. ``SMALL`` there holds hyper-parameters for which the method has
-  something to do on prompts of a few dozen tokens, where its own would not.
+  see :mod:`vestige.evidence.references.caching`. One whose layers depend on one another names the arguments
+  ``layer``, ``layers`` (their number) and ``below`` (the traces of the layers so far, by layer). ``SMALL`` there holds
+  hyper-parameters for which the method has something to do on prompts of a few dozen tokens, where its own would not.
 """
 
 from __future__ import annotations
