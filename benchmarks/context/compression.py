@@ -4,7 +4,7 @@ kvpress needs transformers below 5.3 and wraps every attention function when it 
 an environment of its own, on the same machine, one after the other, into one file:
 
     python benchmarks/context/compression.py --side vestige --out benchmarks/context/compression.json
-    <python of the other environment> benchmarks/context/compression.py --side kvpress --out benchmarks/context/compression.json
+    <other python> benchmarks/context/compression.py --side kvpress --out benchmarks/context/compression.json
 
 A randomly initialised Llama-3.1-8B shape in bf16; seconds by device events, memory as the allocator's peak.
 """
