@@ -129,30 +129,30 @@ def method(name: str, **parameters: Any) -> Method:
     return registry.load(name)(**parameters)
 
 
-_CLASS_HEAD = re.compile(
-    r"^class (\w+)\([^)]*\):\n(.*?)(?=^    (?:def|async def|@)|^[^\s#)]|\Z)", re.MULTILINE | re.DOTALL
-)
+_CLASS_LINE = re.compile(r"^class (\w+)\([^)]*\):\n", re.MULTILINE)
+_HEAD_ENDS = re.compile(r"^(?:    (?:def|async def|@)|[^\s#)])", re.MULTILINE)
 _HAS_NAME = re.compile(r"^    name(?:: ClassVar\[str\])? = ", re.MULTILINE)
 
 
 @functools.cache
 def _package_cards() -> tuple[MethodCard, ...]:
     root = Path(__file__).resolve().parent.parent
-    return tuple(
-        card for room in ROOMS for path in sorted((root / room).rglob("*.py")) for card in _file_cards(path, root, room)
-    )
+    files = [(room, path) for room in ROOMS for path in sorted((root / room).rglob("*.py"))]
+    return tuple(card for room, path in files for card in _file_cards(path, root, room))
 
 
 def _file_cards(path: Path, root: Path, room: str) -> Iterable[MethodCard]:
     text = path.read_text(encoding="utf-8")
-    if not _HAS_NAME.search(text):
+    if "\n    name" not in text:
         return
-    parts = path.relative_to(root).with_suffix("").parts
-    module = ".".join(("vestige", *(parts[:-1] if parts[-1] == "__init__" else parts)))
-    for match in _CLASS_HEAD.finditer(text):
-        if not _HAS_NAME.search(match[2]):
+    folders, own = path.parts[len(root.parts) : -1], () if path.stem == "__init__" else (path.stem,)
+    module = ".".join(("vestige", *folders, *own))
+    for match in _CLASS_LINE.finditer(text):
+        end = _HEAD_ENDS.search(text, match.end())
+        body = text[match.end() : end.start() if end else len(text)]
+        if not _HAS_NAME.search(body):
             continue
-        head = ast.parse(f"class {match[1]}:\n{match[2]}").body[0]
+        head = ast.parse(f"class {match[1]}:\n{body}").body[0]
         assert isinstance(head, ast.ClassDef)
         values = dict(_assignments(head.body))
         name = _literal(values.get("name"), text)
