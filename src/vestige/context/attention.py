@@ -18,6 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from vestige.context.ragged import RaggedLayer, attend_ragged
 from vestige.errors import UnsupportedModelError
 from vestige.layers.ops.attention_mass import attention_mass, grouped, visible, within
 
@@ -54,18 +55,20 @@ def attend(
     for name in ("s_aux", "position_bias"):
         if unused.get(name) is not None:
             raise UnsupportedModelError(f"attention with {name!r} is not supported by cache policies")
-    for watcher in watchers:
-        watcher(layer.index, query, layer.keys, layer.positions, scaling)
+    if watchers:
+        entries = layer.entries
+        for watcher in watchers:
+            watcher(layer.index, query, entries.keys, entries.positions, scaling)
     if sliding_window is not None and layer.seen <= sliding_window:
         sliding_window = None
     policy.present(layer, step)
     look = Look(query, scaling, softcap, sliding_window, None if sliding_window is None else policy.places(layer))
-    plain = functools.partial(_attend_one if step.decoding else _attend_chunk, module, look, layer, policy, step)
+    one = attend_ragged if isinstance(layer, RaggedLayer) else _attend_one
+    plain = functools.partial(one if step.decoding else _attend_chunk, module, look, layer, policy, step)
     output = policy.respond(layer, look, step, plain)
     if not step.decoding:
         policy.observe(layer, look, step)
-        if step.allowed is not None:
-            layer.keep(step.allowed)
+        layer.settle(step)
     return output, None
 
 

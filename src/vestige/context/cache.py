@@ -16,14 +16,14 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from vestige.errors import InputError, PatchError
 
 if TYPE_CHECKING:
-    from vestige.context.policy import CachePolicy, Evict
+    from vestige.context.policy import CachePolicy, Ranking
     from vestige.context.rotary import Rotary
     from vestige.context.slots import SlotStep
 
@@ -105,7 +105,12 @@ class KeptLayer(CacheLayerMixin):
         return self.keys.shape[2] if self.is_initialized else 0
 
     @property
-    def _ranking(self) -> Evict:
+    def entries(self) -> KeptLayer:
+        """The entries as policies and watchers see them: the heads' side by side."""
+        return self
+
+    @property
+    def _ranking(self) -> Ranking:
         """What ranks the entries; asked for only where some may be dropped."""
         ranking = self.cache.policy.ranking
         assert ranking is not None
@@ -166,23 +171,27 @@ class KeptLayer(CacheLayerMixin):
     def _write_within(self, step: Step, keys: Tensor, values: Tensor) -> None:
         """Decode within the budget: the lowest-ranked entry gives its slot to the new one."""
         assert step.allowed is not None
-        if self.slots > max(step.allowed) or self._ranking.lag > 1:
-            self.keep([allowed - 1 for allowed in step.allowed], [real - 1 for real in step.real])
-            held = [min(real, allowed) - 1 for real, allowed in zip(step.real, step.allowed, strict=True)]
-        else:
-            held = [min(real - 1, self._ranking.budget_tokens(real - 1)) for real in step.real]
-        grows = [before < allowed for before, allowed in zip(held, step.allowed, strict=True)]
+        allowed = self._allowed(step.allowed, step.real)
+        by_head = self._ranking.head_budgets(step.real, self.index)
+        full = self.slots > max(allowed) if by_head is None else self.slots >= min(map(min, by_head))
+        if full or self._ranking.lag > 1:
+            self.keep(step.allowed, room=1)
+            if (now := self.cache.layers[self.index]) is not self:
+                now._write_within(step, keys, values)
+                return
+        held = self._held()
+        grows = [before < budget for before, budget in zip(held, allowed, strict=True)]
         if any(grow and before == self.slots for grow, before in zip(grows, held, strict=True)):
             self._append(step, keys, values)
             if not all(grows):  # rows at their budget give up an entry, which leaves an empty slot
                 self._ensure_positions()
-                victim = self._victim(step, [False] * len(grows), spare_last=True)
+                victim = self._victim(step, allowed, [False] * len(grows), spare_last=True)
                 emptied = self.positions.gather(2, victim)
                 emptied[~torch.tensor(grows, device=self.device)] = EMPTY
                 self.positions = self.positions.scatter(2, victim, emptied)
             return
         self._ensure_positions()
-        victim = self._victim(step, grows)
+        victim = self._victim(step, allowed, grows)
         where = victim[..., None]
         self.keys.scatter_(2, where.expand(-1, -1, -1, self.keys.shape[3]), keys)
         self.values.scatter_(2, where.expand(-1, -1, -1, self.values.shape[3]), values)
@@ -190,48 +199,91 @@ class KeptLayer(CacheLayerMixin):
         for tensor in self.state.values():
             tensor.scatter_(2, victim, 0)
 
-    def _victim(self, step: Step, grows: list[bool], spare_last: bool = False) -> Int[Tensor, "batch kv 1"]:
+    def _victim(
+        self, step: Step, allowed: list[int], grows: list[bool], spare_last: bool = False
+    ) -> Int[Tensor, "batch kv 1"]:
         """The slot to give up in each head: an empty one where the row may grow, else the lowest-ranked."""
-        assert self.positions is not None and step.allowed is not None
-        policy = self._ranking
-        recent = per_row([policy.recent_tokens(allowed) for allowed in step.allowed], self.device)
-        spared = (self.positions < policy.sinks) | (self.positions >= step.rows(self.device) - recent)
-        rank = policy.score(self).masked_fill(spared, float("inf"))
+        rank = self._rank(allowed, step.real, empty=float("inf"))
         if spare_last:
             rank[..., -1] = float("inf")
-        if self.cache.padded:
-            take_empty = torch.tensor(grows, device=self.device)[:, None, None]
-            of_empty = torch.where(take_empty, float("-inf"), float("inf")).to(rank.dtype)
-            rank = torch.where(self.positions == EMPTY, of_empty, rank)
+        if self.cache.padded and any(grows):
+            take_empty = torch.tensor(grows, device=self.device)[:, None, None] & (self.positions == EMPTY)
+            rank = rank.masked_fill(take_empty, float("-inf"))
         return rank.argmin(dim=2, keepdim=True)
 
-    def keep(self, budgets: list[int], real: list[int] | None = None) -> None:
-        """Drop all but the ``budgets[row]`` highest-ranked entries of each row's heads.
-
-        The first ``sinks`` tokens and the ``recent`` last ones rank above all others. ``real`` is the number of
-        real tokens seen per row (default: of the step in progress).
-        """
-        if not self.is_initialized or min(budgets) >= self.slots:
-            return
-        width = min(max(budgets), self.slots)
+    def _rank(self, allowed: list[int], real: list[int], empty: float) -> Float[Tensor, "batch kv slots"]:
+        """The score of each entry; the largest number for recent tokens, infinity for sinks, ``empty`` elsewhere."""
         policy = self._ranking
-        seen = per_row(real or self.cache.real, self.device)
-        recent = per_row([policy.recent_tokens(budget) for budget in budgets], self.device)
+        recent = per_row([policy.recent_tokens(budget) for budget in allowed], self.device)
         positions = self._positions(self.slots)
-        rank = policy.score(self)
-        rank = torch.where(positions >= seen - recent, torch.finfo(rank.dtype).max, rank)
-        rank = rank.masked_fill(positions < policy.sinks, float("inf")).masked_fill(positions == EMPTY, float("-inf"))
+        rank = policy.score(self.entries)
+        rank = torch.where(positions >= per_row(real, self.device) - recent, torch.finfo(rank.dtype).max, rank)
+        return rank.masked_fill(positions < policy.sinks, float("inf")).masked_fill(positions == EMPTY, empty)
+
+    def _allowed(self, budgets: list[int], real: list[int]) -> list[int]:
+        """What each row's heads may hold in this layer, where ``budgets`` is the mean of all layers."""
+        return self._ranking.layer_budgets(budgets, real, self.index, len(self.cache.layers))
+
+    def _held(self) -> list[int]:
+        """Entries that each row's heads hold."""
+        if not self.cache.padded or self.positions is None:
+            return [self.slots] * self.keys.shape[0]
+        return (self.positions[:, 0] != EMPTY).sum(dim=1).tolist()
+
+    def settle(self, step: Step) -> None:
+        """Drop what the budget does not allow at the end of a chunk."""
+        if step.allowed is not None:
+            self.keep(step.allowed)
+
+    def keep(self, budgets: list[int], room: int = 0) -> None:
+        """Drop all but the highest-ranked entries of each row's heads, so many that ``room`` more fit the budget.
+
+        The first ``sinks`` tokens and the last ``recent`` ones rank above all others. Where the policy gives the
+        heads unequal shares of ``budgets[row]``, a ragged layer takes the place of this one in the cache.
+        """
+        if not self.is_initialized:
+            return
+        real = self.cache.real
+        allowed = self._allowed(budgets, real)
+        by_head = self._ranking.head_budgets(real, self.index)
+        if (min(allowed) if by_head is None else min(map(min, by_head))) - room >= self.slots:
+            return
+        places = [budget - room for budget in allowed]
+        rank = self._rank(allowed, real, empty=float("-inf"))
+        shares = self._shares(rank, places, room)
+        if shares is not None:
+            self._part(rank, shares, places)
+            return
+        width = min(max(places), self.slots)
         order = rank.topk(width, dim=2).indices
-        if min(budgets) < width or self.cache.padded:
-            beyond = torch.arange(width, device=self.device) >= per_row(budgets, self.device)
+        if min(places) < width or self.cache.padded:
+            beyond = torch.arange(width, device=self.device) >= per_row(places, self.device)
             order, moved = order.sort(dim=2)
             beyond = beyond.expand_as(order).gather(2, moved)
         else:
             order, beyond = order.sort(dim=2).values, None
+        positions = self._positions(self.slots)
         self._gather(order)
         self.positions = positions.gather(2, order)
         if beyond is not None:
             self.positions = self.positions.masked_fill(beyond, EMPTY)
+
+    def _shares(self, rank: Tensor, places: list[int], room: int) -> Int[Tensor, "batch kv"] | None:
+        """What each head may keep, where the policy gives the heads unequal parts."""
+        by_head = self._ranking.head_budgets(self.cache.real, self.index)
+        if by_head is not None:
+            return torch.tensor(by_head, device=self.device) - room
+        return self._ranking.share_out(rank, places)
+
+    def _part(self, rank: Tensor, shares: Tensor, places: list[int]) -> None:
+        """Let the heads go apart: each keeps its share of the entries, stored as they come."""
+        from vestige.context.ragged import RaggedLayer
+
+        order = rank.argsort(dim=2, stable=True)  # of equals the older goes first
+        above = torch.arange(self.slots, device=self.device) >= self.slots - shares[..., None]
+        kept = torch.zeros_like(rank, dtype=torch.bool).scatter(2, order, above.expand_as(rank))
+        kept &= self._positions(self.slots) != EMPTY
+        self.cache.layers[self.index] = RaggedLayer.pack(self, kept, shares.flatten().tolist(), places)
 
     def _gather(self, slots: Int[Tensor, "batch kv kept"]) -> None:
         index = slots[..., None]
@@ -412,11 +464,11 @@ class KeptCache(Cache):
     def fork(self) -> KeptCache:
         """An independent copy: what either does from here on leaves the other alone."""
         twin = self._twin()
-        for layer in self.layers:
+        for index, layer in enumerate(self.layers):
             other = copy.copy(layer)
             other.cache = twin
             other._rewrite(lambda tensor: tensor.clone())
-            twin.layers.append(other)
+            twin.layers[index] = other
         return twin
 
     def cut(self, budget: int | float) -> KeptCache:
@@ -428,21 +480,22 @@ class KeptCache(Cache):
         twin.policy, twin.frozen = self.policy.with_budget(budget), True
         assert twin.policy.ranking is not None
         budgets = [twin.policy.ranking.budget_tokens(real) for real in twin.real]
-        for layer in self.layers:
+        for index, layer in enumerate(self.layers):
             other = copy.copy(layer)
             other.cache, other.state, other.aside = twin, dict(layer.state), dict(layer.aside)
+            twin.layers[index] = other
             other.keep(budgets)
-            if other.keys is layer.keys:
-                other._rewrite(lambda tensor: tensor.clone())
+            cut = twin.layers[index]  # a ragged layer may have taken the place
+            if cut.keys is layer.keys:
+                cut._rewrite(lambda tensor: tensor.clone())
             else:
-                other.aside = {name: tensor.clone() for name, tensor in layer.aside.items()}
-            twin.layers.append(other)
+                cut.aside = {name: tensor.clone() for name, tensor in layer.aside.items()}
         return twin
 
     def _twin(self) -> KeptCache:
-        """A copy without layers."""
+        """A copy whose layers are yet those of this one."""
         twin = copy.copy(self)
-        twin.step, twin.real, twin.layers = None, list(self.real), []
+        twin.step, twin.real, twin.layers = None, list(self.real), list(self.layers)
         return twin
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -458,7 +511,7 @@ class KeptCache(Cache):
         self.real = [self.real[i] for i in indices.tolist()]
 
     def reset(self) -> None:
-        super().reset()
+        self.layers = [self.policy.new_layer(self, index) for index in range(len(self.layers))]
         self.step, self.real, self.turn, self.padded = None, [], 0, False
 
     def rewind(self, count: int) -> None:

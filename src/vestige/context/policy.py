@@ -27,7 +27,7 @@ from vestige.core.method import Method, param
 from vestige.core.patch import Patch
 from vestige.errors import InputError, PatchError, SpecError, UnsupportedModelError
 
-__all__ = ["AttentionMass", "CachePolicy", "Evict", "Kept"]
+__all__ = ["AttentionMass", "CachePolicy", "Evict", "Kept", "Ranking"]
 
 ATTENTION = "vestige"  # name under which attention is registered while a policy is attached
 
@@ -43,7 +43,7 @@ class CachePolicy(Method):
     needs_rotary: ClassVar[bool] = False  # whether the cache must know the model's turns by position
 
     @property
-    def ranking(self) -> Evict | None:
+    def ranking(self) -> Ranking | None:
         """What ranks the entries where some are dropped; ``None`` where all are kept."""
         return None
 
@@ -116,8 +116,60 @@ class CachePolicy(Method):
         return Kept(model, self, graph=graph, compile=compile)
 
 
-class Evict(CachePolicy):
-    """A policy that drops entries for good."""
+class Ranking(CachePolicy):
+    """A policy that drops entries for good: what the layers of the cache ask it.
+
+    Attributes:
+        sinks: first tokens of the text that are always kept.
+        lag: decoding steps from one drop to the next.
+        by_age: whether the entry to give up while decoding is simply the oldest that is no sink.
+    """
+
+    sinks = 0
+    lag = 1
+    by_age: ClassVar[bool] = False
+
+    @property
+    def ranking(self) -> Ranking:
+        return self
+
+    def score(self, entries: KeptLayer) -> Tensor:
+        """Rank of every entry, ``(batch, kv_heads, slots)`` floating point; the highest are kept."""
+        raise NotImplementedError
+
+    def budget_tokens(self, seen: int) -> int:
+        """Entries allowed per head after ``seen`` tokens."""
+        raise NotImplementedError
+
+    def recent_tokens(self, allowed: int) -> int:
+        """Last tokens that are kept in any case, of ``allowed`` entries."""
+        return 0
+
+    def acts(self, decoding: bool) -> bool:
+        """Whether entries are dropped in a pass of this kind."""
+        return True
+
+    def layer_budgets(self, budgets: list[int], real: list[int], layer: int, layers: int) -> list[int]:
+        """Entries per head that each row may hold in one of ``layers`` layers, after ``real`` tokens per row, where
+        ``budgets`` is the mean of the layers."""
+        return budgets
+
+    def head_budgets(self, real: list[int], layer: int) -> list[list[int]] | None:
+        """Entries that each row's heads may hold in a layer after ``real`` tokens per row, where a rule makes them
+        unequal; ``None`` where they are equal, or shared out by rank."""
+        return None
+
+    def share_out(self, rank: Tensor, budgets: list[int]) -> Tensor | None:
+        """Entries for each head, ``(batch, kv_heads)``, of ``budgets[row]`` per head together; ``None`` for equal ones.
+
+        ``rank`` is ``(batch, kv_heads, slots)``: scores, infinite (or the largest number) for entries that are kept
+        in any case, minus infinity for empty slots.
+        """
+        return None
+
+
+class Evict(Ranking):
+    """A policy that drops entries for good, down to a budget that is the same for all heads."""
 
     budget: int | float = param(
         1024, "entries kept per head: tokens (int), or a share of the tokens seen (float)", gt=0
@@ -149,10 +201,6 @@ class Evict(CachePolicy):
                 )
 
     @property
-    def ranking(self) -> Evict:
-        return self
-
-    @property
     def plain(self) -> bool:
         looks = self.needs_attention or type(self).observe is not CachePolicy.observe
         return self.budget == 1.0 and not looks
@@ -163,21 +211,14 @@ class Evict(CachePolicy):
     def lossless(self, tokens: int) -> Evict:
         return self if self.budget == 1.0 else self.replace(budget=tokens)
 
-    def score(self, entries: KeptLayer) -> Tensor:
-        """Rank of every entry, ``(batch, kv_heads, slots)`` floating point; the highest are kept."""
-        raise NotImplementedError
-
     def budget_tokens(self, seen: int) -> int:
-        """Entries allowed per head after ``seen`` tokens."""
         return budget_tokens(self.budget, seen)
 
     def recent_tokens(self, allowed: int) -> int:
-        """Last tokens that are kept in any case, of ``allowed`` entries."""
         wanted = self.recent if isinstance(self.recent, int) else math.floor(self.recent * allowed)
         return max(0, min(wanted, allowed - self.sinks))
 
     def acts(self, decoding: bool) -> bool:
-        """Whether entries are dropped in a pass of this kind."""
         return self.budget != 1.0 and self.when in ("both", "decoding" if decoding else "prefill")
 
 

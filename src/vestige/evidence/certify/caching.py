@@ -4,7 +4,6 @@ looking at what a model or a cache holds."""
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,6 +18,7 @@ from vestige.core.patch import Patch
 from vestige.errors import SpecError
 from vestige.evidence.certify.suite import Case, NotApplicable
 from vestige.evidence.references import reference_of
+from vestige.evidence.references import asked_of
 from vestige.models.tiny import tiny_model
 
 __all__ = [
@@ -195,7 +195,6 @@ def reference_run(
     parameters = {name: getattr(policy, name) for name in policy.parameters()}
     rotary = getattr(Anatomy.of(model).base, "rotary_emb", None)
     frequencies = None if rotary is None else rotary.inv_freq
-    asks = inspect.signature(simulate).parameters
     traces: dict[int, Any] = {}
 
     def attention(
@@ -209,24 +208,24 @@ def reference_run(
         **unused: Any,
     ) -> tuple[Tensor, None]:
         past = queries.setdefault(module.layer_idx, [])  # type: ignore[arg-type]
-        past.append(query[0])
+        past.append(query[0].cpu())
         index: int = module.layer_idx  # type: ignore[assignment]
         place = {"layer": index, "layers": model.config.num_hidden_layers, "below": traces}
         trace = simulate(
             torch.cat(past, dim=1),
-            key[0],
-            value[0],
+            key[0].cpu(),
+            value[0].cpu(),
             chunks[: len(past)],
             scaling=scaling,
             window=sliding_window,
             frequencies=frequencies,
             **parameters,
-            **{name: known for name, known in place.items() if name in asks},
+            **asked_of(simulate, place),
         )
         traces[index] = trace
         kept[len(past) - 1][module.layer_idx] = (trace.kept[-1],)  # type: ignore[index]
         output = trace.output[:, -query.shape[2] :].transpose(0, 1)[None]
-        return output.to(query.dtype).contiguous(), None
+        return output.to(query).contiguous(), None
 
     def no_mask(*args: Any, **kwargs: Any) -> None:
         return None

@@ -12,11 +12,14 @@ numerical device that the equations do not need. The functions that it must offe
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
 from vestige.evidence.slugs import module_of
 
-__all__ = ["reference_of"]
+__all__ = ["asked_of", "reference_of"]
 
 ENTRY_POINTS = "vestige.references"
 
@@ -24,3 +27,9 @@ ENTRY_POINTS = "vestige.references"
 def reference_of(name: str) -> ModuleType | None:
     """The reference module of a method, or ``None`` where there is none."""
     return module_of(__name__, name, ENTRY_POINTS)
+
+
+def asked_of(function: Callable[..., Any], known: dict[str, Any]) -> dict[str, Any]:
+    """Of what is known, that for which a function has a parameter by name (and does not only pass on)."""
+    parameters = inspect.signature(function).parameters
+    return {k: v for k, v in known.items() if k in parameters and parameters[k].kind != inspect.Parameter.VAR_KEYWORD}

@@ -29,7 +29,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-__all__ = ["Score", "Sight", "Trace", "follow", "turned"]
+__all__ = ["Score", "Sharing", "Sight", "Trace", "follow", "turned"]
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,10 @@ class Sight:
 
 Score = Callable[[Sight], Float[Tensor, " n"]]
 """A score of each token so far; those held with the lowest go."""
+
+Sharing = Callable[[list[dict[int, float]], int], list[int]]
+"""From the ranks of what each head holds (infinite for what is kept in any case), and the number of entries per head
+that all heads may keep together, to the number for each head."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +93,8 @@ def follow(
     window: int | None = None,
     frequencies: Float[Tensor, " pairs"] | None = None,
     place: Callable[[int, int, int], int] | None = None,
+    layer_budget: Callable[[int, int], int] | None = None,
+    share: Sharing | None = None,
 ) -> Trace:
     """Follow a sequence through a layer under a policy.
 
@@ -106,6 +112,10 @@ def follow(
         frequencies: angles per position of a model with rotary positions.
         place: where attention takes the token at a position to stand, given the position, the tokens seen before the
             chunk and the entries held then; its key is turned to that place. Default: at its position.
+        layer_budget: from the budget and the tokens seen to the budget of this layer. Default: the same.
+        share: gives the heads unequal parts of the layer's budget. It is asked when a prompt is cut; while decoding
+            each head keeps to its part, which grows and shrinks by as much as the budget; and it is asked again if
+            a head then holds too much. Default: equal parts.
     """
     query, key, value = query.double(), key.double(), value.double()
     heads, length, dim = query.shape
@@ -122,17 +132,32 @@ def follow(
     def sharing(head: int) -> slice:
         return slice(head * group, (head + 1) * group)
 
-    def drop(head: int, places: int, allowed: int, seen: int, asked: int) -> None:
-        """Drop the lowest-scored entries until ``places`` are left, of ``seen`` tokens and ``asked`` queries so far."""
-        if len(held[head]) <= places:
-            return
+    def ranks(head: int, allowed: int, seen: int, asked: int) -> dict[int, float]:
+        """How what a head holds ranks, of ``seen`` tokens and by ``asked`` queries so far."""
         last = recent if isinstance(recent, int) else math.floor(recent * allowed)
         last = max(0, min(last, allowed - sinks))
-        ranks = score(Sight(head, sharing(head), tuple(sorted(held[head])), probability[:, :asked, :asked]))
-        free = [p for p in held[head] if sinks <= p < seen - last]
-        for p in sorted(free, key=lambda p: (float(ranks[p]), p)):  # of equals the older goes first
-            if len(held[head]) > places:
-                held[head].remove(p)
+        now = score(Sight(head, sharing(head), tuple(sorted(held[head])), probability[:, :asked, :asked]))
+        return {p: float(now[p]) if sinks <= p < seen - last else math.inf for p in sorted(held[head])}
+
+    parts: list[int] | None = None  # what each head may hold, when the heads parted
+    parts_of = 0  # the budget then
+
+    def drop(allowed: int, seen: int, asked: int, room: int) -> None:
+        """Drop the lowest-ranked entries, so many that ``room`` more fit the budget."""
+        nonlocal parts, parts_of
+        limits = [allowed] * kv_heads if parts is None else [part + allowed - parts_of for part in parts]
+        full = any(len(held[head]) > limit for head, limit in enumerate(limits))
+        if share is not None and (full or (parts is not None and room == 0)):
+            rank = [ranks(head, allowed, seen, asked) for head in range(kv_heads)]
+            parts, parts_of = share(rank, allowed - room), allowed - room
+            places = parts
+        else:
+            places = [limit - room for limit in limits]
+        for head in range(kv_heads):
+            if len(held[head]) > places[head]:
+                rank = ranks(head, allowed, seen, asked)
+                lowest = sorted(rank, key=lambda p: (rank[p], p))  # of equals the older goes first
+                held[head] -= set(lowest[: len(lowest) - places[head]])
 
     def attend(head: int, n: int, stands: Callable[[int], int]) -> None:
         """Let the query of token ``n`` attend to what the head holds."""
@@ -148,11 +173,11 @@ def follow(
     for count in chunks:
         end = start + count
         allowed = budget if isinstance(budget, int) else max(1, math.ceil(budget * end))
+        allowed = allowed if layer_budget is None else layer_budget(allowed, end)
         decoding = count == 1 and start > 0
         turn = turn + 1 if decoding else 0
         if decoding and when in ("both", "decoding") and turn % lag == 0:
-            for head in range(kv_heads):
-                drop(head, allowed - 1, allowed, seen=end, asked=start)
+            drop(allowed, seen=end, asked=start, room=1)
         for head in range(kv_heads):
             before = len(held[head])
 
@@ -163,8 +188,7 @@ def follow(
                 held[head].add(n)
                 attend(head, n, stands)
         if not decoding and when in ("both", "prefill"):
-            for head in range(kv_heads):
-                drop(head, allowed, allowed, seen=end, asked=end)
+            drop(allowed, seen=end, asked=end, room=0)
         kept.append(tuple(tuple(sorted(positions)) for positions in held))
         start = end
     attention = probability.unflatten(0, (kv_heads, group)).sum(dim=1)

@@ -1,0 +1,1 @@
+"""Who gets how much: budgets that differ between layers and heads."""
