@@ -393,7 +393,7 @@ def attend_ragged(
     """One token per row over a ragged layer: heads with segments of one size together, without copying them."""
     rows, heads, _, dim = look.query.shape
     group = heads // layer.kv_heads
-    query = look.query.view(rows * layer.kv_heads, group, dim)[layer.order]
+    query = look.query.reshape(rows * layer.kv_heads, group, dim)[layer.order]
     oldest = None if look.window is None else (step.rows(layer.device) - look.window)
     outputs, shares = [], []
     for first, begin, count, size in layer.groups():

@@ -17,8 +17,7 @@ from vestige.core.anatomy import Anatomy
 from vestige.core.patch import Patch
 from vestige.errors import SpecError
 from vestige.evidence.certify.suite import Case, NotApplicable
-from vestige.evidence.references import reference_of
-from vestige.evidence.references import asked_of
+from vestige.evidence.references import asked_of, reference_of
 from vestige.models.tiny import tiny_model
 
 __all__ = [
@@ -53,9 +52,8 @@ class CacheCase(Case):
         Raises:
             NotApplicable: the policy cannot be changed so.
         """
-        known = {name: value for name, value in changes.items() if name in self.method.parameters()}
         try:
-            return self.fitted.replace(**known)
+            return _changed(self.fitted, changes)
         except SpecError as error:
             raise NotApplicable(f"no such form of the policy: {error}") from None
 
@@ -69,6 +67,7 @@ class CacheCase(Case):
             changes["sinks"] = SINKS
         if type(given.get("recent")) is int and given["recent"] > RECENT:
             changes["recent"] = RECENT
+        changes |= {name: CacheCase(inner).fitted for name, inner in given.items() if isinstance(inner, CachePolicy)}
         try:
             return self.method.replace(**changes)
         except SpecError:
@@ -88,7 +87,7 @@ class CacheCase(Case):
     @property
     def bounded(self) -> bool:
         """Whether the fitted policy drops entries at all."""
-        return getattr(self.fitted, "budget", None) == BUDGET
+        return _budget(self.fitted) == BUDGET
 
     def require_bounded(self) -> None:
         """Leave a check out for a policy that keeps everything."""
@@ -118,6 +117,20 @@ class CacheCase(Case):
     def on_lm(self, **changes: Any) -> CachePolicy:
         """The policy as given, with changes, for a language model."""
         return self.method.replace(**changes)
+
+
+def _changed(policy: CachePolicy, changes: dict[str, Any]) -> CachePolicy:
+    """A policy with changes to those of the parameters that it, or a policy inside it, has."""
+    given = policy.parameters()
+    known = {name: value for name, value in changes.items() if name in given}
+    inner = {name: value for name in given if isinstance(value := getattr(policy, name), CachePolicy)}
+    return policy.replace(**{name: _changed(value, changes) for name, value in inner.items()}, **known)
+
+
+def _budget(policy: CachePolicy) -> int | float | None:
+    """The budget of a policy, or of the one inside it."""
+    inner = (getattr(policy, name) for name in policy.parameters())
+    return getattr(policy, "budget", None) or next((_budget(p) for p in inner if isinstance(p, CachePolicy)), None)
 
 
 @functools.lru_cache(maxsize=2)
