@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from vestige.context.cache import KeptLayer, Step
     from vestige.context.policy import CachePolicy
 
-__all__ = ["Look", "Reading", "attend", "readable"]
+__all__ = ["Look", "Reading", "attend", "everything", "readable"]
 
 QUERY_BLOCK = 1024  # queries attended at once where a mask must be written out
 
@@ -92,7 +92,7 @@ def _attend_one(
             None if valid is None else valid[:, :, None, :].repeat_interleave(query.shape[1] // valid.shape[1], dim=1)
         )
         return sdpa_attention_forward(module, query, layer.keys, layer.values, mask, scaling=look.scaling)[0]
-    output, share = Reading(((query, layer.keys),), layer.values, valid).attend(look)
+    output, share = everything(layer, look, step).attend(look)
     if policy.needs_attention:
         policy.receive(layer, share.squeeze(3), step)
     return output
@@ -185,8 +185,12 @@ class Reading:
     def attend(self, look: Look) -> tuple[Tensor, Tensor]:
         """Output ``(batch, count, heads, dim)``, and the weights that gave it."""
         share = self.weights(look)
+        return self.mix(share), share
+
+    def mix(self, share: Tensor) -> Tensor:
+        """The output that weights ``(batch, kv_heads, group, count, entries)`` give."""
         output = (share.to(self.values.dtype).flatten(2, 3) @ self.values).unflatten(2, share.shape[2:4])
-        return output.flatten(1, 2).transpose(1, 2), share
+        return output.flatten(1, 2).transpose(1, 2)
 
     def weights(self, look: Look) -> Float[Tensor, "batch kv group count entries"]:
         """Attention weights, float32 (float64 for float64 input); zero where a query may see nothing."""
@@ -199,6 +203,11 @@ class Reading:
             logits = logits.masked_fill(~valid, float("-inf"))
         share = torch.softmax(logits, dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
         return share if self.valid is None else share.nan_to_num()
+
+
+def everything(entries: KeptLayer, look: Look, step: Step) -> Reading:
+    """All that one token may see."""
+    return Reading(((look.query, entries.keys),), entries.values, readable(entries, look, step))
 
 
 def _products(query: Tensor, keys: Tensor) -> Tensor:

@@ -41,6 +41,7 @@ class CachePolicy(Method):
 
     needs_attention: ClassVar[bool] = False  # whether receive() is to be called
     needs_rotary: ClassVar[bool] = False  # whether the cache must know the model's turns by position
+    without_cache: ClassVar[bool] = False  # whether the policy has something to do in a pass that keeps no cache
 
     @property
     def ranking(self) -> Ranking | None:
@@ -278,6 +279,7 @@ class Kept:
         self._rotary = Rotary.of(anatomy) if policy.needs_rotary else None
         self.cache: KeptCache | None = None
         self._running: KeptCache | None = None
+        self._lasting = True  # whether the running cache outlives its pass
         self._again = 0  # tokens that are read once more before those that come
         self._watchers: list[Callable[..., None]] = []
         self._own = _OwnAttention(anatomy)
@@ -375,6 +377,7 @@ class Kept:
         if args:
             args, kwargs = (), dict(zip(inspect.signature(module.forward).parameters, args, strict=False)) | kwargs
         cache = kwargs.get("past_key_values")
+        self._lasting = True
         uses_cache = kwargs.get("use_cache")
         if uses_cache is None:
             uses_cache = getattr(self.anatomy.config, "use_cache", False) and not module.training
@@ -384,7 +387,8 @@ class Kept:
                     f"{self.policy.name} is attached, but the cache passed was filled without it; "
                     "pass one of Kept.new_cache(), or none"
                 )
-            if not (uses_cache or cache is not None):
+            self._lasting = bool(uses_cache) or cache is not None
+            if not (self._lasting or self.policy.without_cache):
                 self._running, self._again = None, 0
                 return args, kwargs
             cache = self.new_cache()
@@ -399,18 +403,28 @@ class Kept:
             cache.rewind(self._again)
             kwargs = {**_earlier(kwargs, self._again), name: fed}
         cache.begin(fed.shape[0], fed.shape[1], kwargs.get("attention_mask"), fed.device)
-        self.cache = self._running = cache
-        return args, {**kwargs, "past_key_values": cache, "use_cache": True}
+        self._running = cache
+        if self._lasting:
+            self.cache = cache
+        return args, {**kwargs, "past_key_values": cache, "use_cache": self._lasting}
 
-    def _after(self, module: nn.Module, args: Any, output: Any) -> None:
+    def _after(self, module: nn.Module, args: Any, output: Any) -> Any:
+        """Give the caller what was asked for: the tokens that are new, and the cache if it is to last."""
         if self._running is not None:
             self._running.step = None  # what it holds is no part of the cache, and would stay with it
-        self._running = None
-        if self._again:  # the caller asked for the tokens that are new
-            output.last_hidden_state = output.last_hidden_state[:, self._again :]
-            if output.get("hidden_states") is not None:
-                output.hidden_states = tuple(states[:, self._again :] for states in output.hidden_states)
-            self._again = 0
+        passing, again = self._running is not None and not self._lasting, self._again
+        self._running, self._again = None, 0
+        if not (passing or again):
+            return output
+        fields = dict(output)
+        if passing:
+            fields.pop("past_key_values", None)
+        for name in ("last_hidden_state", "hidden_states"):
+            states = fields.get(name)
+            if states is not None:
+                every = isinstance(states, tuple)
+                fields[name] = tuple(one[:, again:] for one in states) if every else states[:, again:]
+        return type(output)(**fields)
 
     def _untouched(self) -> bool:
         """Whether the model's own attention can serve: no kept cache, or one from which nothing can be missing."""

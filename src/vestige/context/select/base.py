@@ -19,7 +19,7 @@ from vestige.context.policy import CachePolicy
 from vestige.core.method import param
 from vestige.errors import SpecError
 
-__all__ = ["Picked", "Select", "everything", "last_row", "strongest"]
+__all__ = ["Picked", "Select", "last_row", "strongest"]
 
 
 class Select(CachePolicy):
@@ -91,11 +91,6 @@ def strongest(
     if min(counts) < slots.shape[2]:
         exist &= torch.arange(slots.shape[2], device=rank.device) < per_row(counts, rank.device)
     return Picked(slots, exist)
-
-
-def everything(entries: KeptLayer, look: Look, step: Step) -> Reading:
-    """All that one token may see."""
-    return Reading(((look.query, entries.keys),), entries.values, readable(entries, look, step))
 
 
 def last_row(

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, max_pool1d, pad
 
-from vestige.context.attention import Look, Reading
+from vestige.context.attention import Look, Reading, everything
 from vestige.context.cache import EMPTY, KeptLayer, Step, per_row
-from vestige.context.select.base import Picked, Select, everything, last_row, strongest
+from vestige.context.select.base import Picked, Select, last_row, strongest
 from vestige.core.method import Paper, param
 from vestige.errors import SpecError
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vestige.context.attention import Look, Reading, readable
+from vestige.context.attention import Look, Reading, everything, readable
 from vestige.context.cache import KeptCache, KeptLayer, Step
-from vestige.context.select.base import Picked, Select, everything, strongest
+from vestige.context.select.base import Picked, Select, strongest
 from vestige.core.anatomy import Anatomy
 from vestige.core.method import Paper, param
 from vestige.errors import InputError, SpecError

@@ -1,0 +1,1 @@
+"""Methods that act on attention itself while a model reads and writes, one file each."""

@@ -1,0 +1,254 @@
+r"""ACT: attention calibration. Sinks beyond the first token give part of their attention to the other tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from vestige.context.attention import Look, everything
+from vestige.context.cache import EMPTY, KeptLayer, Step, per_row
+from vestige.context.policy import CachePolicy
+from vestige.core.anatomy import Anatomy
+from vestige.core.method import Paper, param
+from vestige.errors import SpecError
+from vestige.layers.ops.attention_mass import visible, within
+
+if TYPE_CHECKING:
+    from vestige.context.steer.questions import Question
+
+__all__ = ["ACT"]
+
+BLOCK_BYTES = 8 * 2**20  # one block of attention weights in float32
+FIRST, LAST = 2, 1  # layers at either end that are left alone where no heads are named
+
+
+class ACT(CachePolicy):
+    r"""Take attention from sinks in the middle of a text, and give it to the tokens that mean something.
+
+    In each of the chosen query heads, token *t* > 0 of a prompt of *N* tokens is a sink where the attention that it
+    receives, averaged over the queries that see it, exceeds a threshold:
+
+        sum over i >= t of A[i, t] / (N - t) > alpha / N.
+
+    A row's attention on the sinks *S* is then scaled by beta, and what that sets free goes to the other tokens (the
+    first, which is never taken for a sink, among them) in proportion to what they have:
+
+        A'[i, s] = beta A[i, s],    A'[i, j] = A[i, j] (1 + (1 - beta) m_i / (1 - m_i)),    m_i = sum over S of A[i, s].
+
+    Rows still sum to one. With :math:`o` the head's output and :math:`o_S` the sinks' part in it,
+
+        o' = beta o_S + (1 + (1 - beta) m / (1 - m)) (o - o_S),
+
+    so beside the plain attention only the columns of the sinks are needed. Each chunk of a prompt finds its sinks by
+    its own queries; tokens decoded after it go by the same sinks, as one query cannot tell a sink.
+
+    Nothing is learnt. Which heads gain is found by trying them, one at a time, on a few questions: :meth:`fit`.
+    """
+
+    name = "act"
+    paper = Paper(
+        title="Unveiling and Harnessing Hidden Attention Sinks: Enhancing Large Language Models without Training "
+        "through Attention Calibration",
+        year=2024,
+        arxiv="2406.15765",
+        venue="ICML 2024",
+        code="https://github.com/GATECH-EIC/ACT",
+        equations="sink detection, attention calibration and head filtering (section 4)",
+    )
+
+    beta: float = param(0.4, "factor on the attention of a sink", ge=0, le=1)
+    alpha: float = param(5.0, "a sink receives over this many times the average attention", gt=0)
+    threshold: float | None = param(None, "a sink receives over this much attention, in place of alpha", gt=0, lt=1)
+    heads: tuple[tuple[int, int], ...] | None = param(
+        None, "(layer, query head) pairs that are calibrated; none: all but those of the first two layers and the last"
+    )
+    chosen_on: str | None = param(None, "the model on which the heads were chosen; another one is refused")
+
+    without_cache: ClassVar[bool] = True
+
+    def check_model(self, anatomy: Anatomy) -> None:
+        if self.chosen_on not in (None, _sizes(anatomy)):
+            raise SpecError(
+                f"{self.name}: the heads were chosen on {self.chosen_on}, and this model is {_sizes(anatomy)}"
+            )
+        for layer, head in self.heads or ():
+            if not (0 <= layer < anatomy.num_layers and 0 <= head < anatomy.num_heads):
+                raise SpecError(
+                    f"{self.name}: parameter 'heads' has {(layer, head)}; the model has "
+                    f"{anatomy.num_layers} layers of {anatomy.num_heads} heads"
+                )
+
+    def lossless(self, tokens: int) -> CachePolicy:
+        return self.replace(heads=())
+
+    @classmethod
+    def fit(
+        cls,
+        model: nn.Module,
+        questions: Sequence[Question],
+        *,
+        layers: str | None = None,
+        batch: int = 8,
+        progress: Callable[[int, int], None] | None = None,
+        **parameters: Any,
+    ) -> ACT:
+        """Choose the heads whose calibration, each alone, makes the right answers likelier.
+
+        See :func:`vestige.context.steer.questions.choose_heads`, which says what is measured.
+
+        Args:
+            questions: the calibration set.
+            layers: layers whose heads are tried, as ``"2-28"``; default: all but the first two and the last.
+            batch: rows that are read at once.
+            progress: called with the number of heads tried so far, and of all.
+            parameters: hyper-parameters of the method.
+
+        Raises:
+            InputError: there are no questions, or one that cannot be asked.
+            SpecError: a wrong hyper-parameter, or layers that the model lacks.
+        """
+        from vestige.context.steer.questions import choose_heads
+
+        method, anatomy = cls(**parameters), Anatomy.of(model)
+        chosen = range(FIRST, anatomy.num_layers - LAST) if layers is None else anatomy.layers_of(layers)
+        heads = choose_heads(method, model, questions, list(chosen), batch=batch, progress=progress)
+        return method.replace(heads=heads, chosen_on=_sizes(anatomy))
+
+    def heads_of(self, layer: int, layers: int, heads: int) -> list[int]:
+        """Query heads of a layer that are calibrated."""
+        if self.heads is None:
+            return list(range(heads)) if FIRST <= layer < layers - LAST else []
+        return sorted({head for at, head in self.heads if at == layer})
+
+    def respond(self, entries: KeptLayer, look: Look, step: Step, plain: Callable[[], Tensor]) -> Tensor:
+        heads = self.heads_of(entries.index, len(entries.cache.layers), look.query.shape[1])
+        if not heads:
+            return plain()
+        at = torch.tensor(heads, device=look.query.device)
+        if step.decoding:
+            return self._one(entries, look, step, at) if "sinks" in entries.aside else plain()
+        view = _View(entries, look, at)
+        own, log_sum, received = view.attend(step)
+        sinks = self._sinks(received, view.positions, step)
+        entries.aside.pop("sinks", None)
+        if sinks is None:
+            return plain()
+        entries.aside["sinks"] = sinks
+        calibrated = self._chunk(view, sinks, own, log_sum)
+        return plain().index_copy(2, at, calibrated.transpose(1, 2).to(look.query.dtype))
+
+    def _sinks(
+        self, received: Float[Tensor, "batch heads slots"], positions: Int[Tensor, "batch heads slots"], step: Step
+    ) -> Int[Tensor, "batch heads sinks"] | None:
+        """Slots of each head's sinks, ``EMPTY`` where it has fewer than another; ``None`` where none has any."""
+        device = received.device
+        first = per_row([real - fresh for real, fresh in zip(step.real, step.fresh, strict=True)], device)
+        queries = per_row(step.fresh, device) - (positions - first).clamp_min(0)  # those that see the entry
+        least = self.threshold if self.threshold is not None else self.alpha / step.rows(device)
+        found = (received > least * queries) & (positions > 0)
+        most = int(found.sum(dim=2).max())
+        if most == 0:
+            return None
+        exist, slots = found.to(torch.uint8).topk(most, dim=2)
+        return slots.masked_fill(exist == 0, EMPTY)
+
+    def _one(self, entries: KeptLayer, look: Look, step: Step, at: Tensor) -> Tensor:
+        """One token's weights are at hand, and are calibrated themselves."""
+        reading, sinks = everything(entries, look, step), entries.aside["sinks"]
+        share = reading.weights(look)
+        rows = share.flatten(1, 2)[:, at, 0]
+        columns, exist = sinks.clamp_min(0), sinks != EMPTY
+        on_sinks = rows.gather(2, columns)
+        mass = (on_sinks * exist).sum(dim=2, keepdim=True)
+        raised = rows * self._raise(mass)
+        # The slot in the place of a sink that a head lacks is the first, which is nobody's sink: it stays as it is.
+        raised.scatter_(2, columns, torch.where(exist, self.beta * on_sinks, raised.gather(2, columns)))
+        by_head = share.flatten(1, 2).index_copy(1, at, raised[:, :, None])
+        return reading.mix(by_head.view_as(share))
+
+    def _chunk(
+        self, view: _View, sinks: Tensor, output: Float[Tensor, "batch heads count dim"], log_sum: Tensor
+    ) -> Float[Tensor, "batch heads count dim"]:
+        """The closed form, for all the queries of a chunk."""
+        share, values = view.columns(sinks, log_sum)
+        of_sinks = share @ values
+        return self.beta * of_sinks + self._raise(share.sum(dim=-1, keepdim=True)) * (output - of_sinks)
+
+    def _raise(self, mass: Tensor) -> Tensor:
+        """Factor on the attention of the other tokens, where the sinks have ``mass`` of it."""
+        return 1 + (1 - self.beta) * mass / (1 - mass).clamp_min(torch.finfo(mass.dtype).eps)
+
+
+class _View:
+    """Some query heads of a layer, each with its own keys and values, in float32 (float64 for float64)."""
+
+    def __init__(self, entries: KeptLayer, look: Look, heads: Int[Tensor, " heads"]) -> None:
+        of = heads // (look.query.shape[1] // entries.keys.shape[1])
+        exact = torch.promote_types(look.query.dtype, torch.float32)
+        self.look, self.exact = look, exact
+        self.query = look.query[:, heads].to(exact) * look.scaling
+        self.keys, self.values = entries.keys[:, of].to(exact), entries.values[:, of].to(exact)
+        self.positions = entries._positions(entries.slots)[:, of]
+        valid = entries.valid()
+        self.valid = None if valid is None else valid[:, of]
+        self.places = None if look.places is None else look.places[:, of]
+
+    def attend(self, step: Step | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Output ``(batch, heads, count, dim)``, logarithm of the sum of exponentials ``(batch, heads, count)``, and,
+        for a step, the attention that each entry received from its real queries ``(batch, heads, slots)``."""
+        outputs, log_sums = [], []
+        received = torch.zeros(self.keys.shape[:3], dtype=self.exact, device=self.keys.device)
+        for first, last, logits in self._blocks():
+            log_sum = logits.logsumexp(dim=-1)
+            share = (logits - log_sum[..., None]).exp().nan_to_num()  # a row of padding may see nothing
+            if step is not None:
+                if step.positions is not None:
+                    share = share * (step.positions[:, None, first:last, None] != EMPTY)
+                received[..., : share.shape[-1]] += share.sum(dim=2)
+            outputs.append(share @ self.values[:, :, : share.shape[-1]])
+            log_sums.append(log_sum)
+        return torch.cat(outputs, dim=2), torch.cat(log_sums, dim=2), received
+
+    def columns(self, slots: Int[Tensor, "batch heads sinks"], log_sum: Tensor) -> tuple[Tensor, Tensor]:
+        """Attention weights on some entries, ``(batch, heads, count, sinks)``, and their values."""
+        index = slots.clamp_min(0)[..., None]
+        keys, values = (part.gather(2, index.expand(-1, -1, -1, part.shape[3])) for part in (self.keys, self.values))
+        logits = self._capped(self.query @ keys.transpose(-1, -2))
+        asked = torch.arange(self.keys.shape[2] - self.query.shape[2], self.keys.shape[2], device=slots.device)
+        seen: Bool[Tensor, "batch heads count sinks"] = (slots[:, :, None] <= asked[:, None]) & (slots >= 0)[:, :, None]
+        if self.look.window is not None:
+            assert self.places is not None
+            place = self.places.gather(2, slots.clamp_min(0))
+            seen &= place[:, :, None] > self.places[..., asked[0] :, None] - self.look.window
+        share = (logits - log_sum[..., None]).exp().nan_to_num(posinf=0.0)
+        return share.masked_fill(~seen, 0.0), values
+
+    def _blocks(self) -> Iterator[tuple[int, int, Tensor]]:
+        """Logits of some queries after the others, minus infinity where an entry is not seen."""
+        batch, heads, count = self.query.shape[:3]
+        entries = self.keys.shape[2]
+        block = max(16, BLOCK_BYTES // (4 * batch * heads * entries))
+        for first in range(0, count, block):
+            last = min(first + block, count)
+            shown = entries - count + last
+            logits = self._capped(self.query[:, :, first:last] @ self.keys[:, :, :shown].transpose(-1, -2))
+            seen = visible(first, last, count, entries, logits.device)[None, None]
+            if self.look.window is not None:
+                assert self.places is not None
+                seen = seen & within(self.places, first, last, count, self.look.window)
+            if self.valid is not None:
+                seen = seen & self.valid[:, :, None, :shown]
+            yield first, last, logits.masked_fill(~seen, float("-inf"))
+
+    def _capped(self, logits: Tensor) -> Tensor:
+        softcap = self.look.softcap
+        return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+def _sizes(anatomy: Anatomy) -> str:
+    """What tells one model's heads from another's."""
+    return f"{anatomy.architecture}, {anatomy.num_layers} layers of {anatomy.num_heads} heads of {anatomy.head_dim}"
