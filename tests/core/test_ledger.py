@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import os
@@ -18,7 +19,7 @@ import pytest
 import torch
 
 import vestige
-from vestige.core import Ledger, Method, Paper, environment, param
+from vestige.core import Ledger, Method, environment
 from vestige.errors import LedgerError, MissingPackageError
 
 
@@ -27,25 +28,16 @@ def ledger(tmp_path) -> Ledger:
     return Ledger(tmp_path / "runs" / "ledger.jsonl")
 
 
-class Forgetful(Method):
-    """A method for these tests."""
-
-    name = "test-forgetful"
-    paper = Paper(title="None", year=2020)
-
-    budget: int = param(4, "tokens", ge=1)
-
-
 @dataclass(frozen=True)
 class Needle:
     length: int
     depth: float
 
 
-def test_a_row_carries_what_was_measured_and_with_what(ledger):
+def test_a_row_carries_what_was_measured_and_with_what(ledger, samples):
     before = datetime.now(UTC) - timedelta(seconds=1)
     row = ledger.append(
-        {"method": Forgetful(budget=8), "model": "tiny"},
+        {"method": samples.Plain(needed=8), "model": "tiny"},
         task=Needle(length=100, depth=0.5),
         seed=3,
         metrics={"accuracy": np.float32(0.5), "by layer": {"0": torch.tensor([1, 2])}},
@@ -55,8 +47,8 @@ def test_a_row_carries_what_was_measured_and_with_what(ledger):
         where=Path("a/b"),
     )
     assert [row] == list(ledger.rows()) == list(ledger)
-    assert row["method"] == {"name": "test-forgetful", "budget": 8}
-    assert Method.from_spec(row["method"]) == Forgetful(budget=8)
+    assert row["method"] == samples.Plain(needed=8).spec()
+    assert Method.from_spec(row["method"]) == samples.Plain(needed=8)
     assert row["task"] == {"name": "needle", "length": 100, "depth": 0.5}
     assert row["metrics"] == {"accuracy": 0.5, "by layer": {"0": [1, 2]}}
     assert (row["seed"], row["kv_bytes"], row["dtype"], row["where"]) == (3, 2**60 + 1, "bfloat16", "a/b")
@@ -105,7 +97,7 @@ def test_what_cannot_be_recorded_is_refused_before_anything_is_written(ledger, c
     assert not ledger.path.exists()
 
 
-def test_a_key_is_there_once(ledger):
+def test_a_key_is_there_once(ledger, samples):
     other = Ledger(ledger.path)  # another process, as it were
     assert not ledger.has("a")
     ledger.append(key="a", seed=1)
@@ -113,9 +105,9 @@ def test_a_key_is_there_once(ledger):
     for twin in (ledger, other, Ledger(ledger.path)):
         with pytest.raises(LedgerError, match="already has a row with the key 'a'"):
             twin.append({"key": "a"}, seed=2)
-    other.append({"key": {"seed": 1, "method": Forgetful()}})
-    assert ledger.has({"method": Forgetful(), "seed": 1})
-    assert not ledger.has({"method": Forgetful(budget=5), "seed": 1})
+    other.append({"key": {"seed": 1, "method": samples.Plain(needed=4)}})
+    assert ledger.has({"method": samples.Plain(needed=4), "seed": 1})
+    assert not ledger.has({"method": samples.Plain(needed=5), "seed": 1})
     ledger.append(seed=1)
     ledger.append(seed=1)  # without a key, a row may be repeated
     assert len(ledger) == 4
@@ -229,6 +221,7 @@ import sys
 from vestige.core import Ledger
 from vestige.errors import LedgerError
 ledger = Ledger(sys.argv[1])
+print("ready", flush=True)
 sys.stdin.readline()
 for number in range(50):
     try:
@@ -243,12 +236,25 @@ def test_of_two_writers_of_the_same_keys_one_wins_each(ledger):
     command = [sys.executable, "-c", CLAIMER, str(ledger.path)]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     claimers = [subprocess.Popen(command, **pipes) for _ in range(2)]
+    assert [claimer.stdout.readline() for claimer in claimers] == ["ready\n"] * 2
     for claimer in claimers:
         claimer.stdin.write("go\n")
         claimer.stdin.flush()
     won = [int(number) for claimer in claimers for number in claimer.communicate()[0].split()]
     assert [claimer.returncode for claimer in claimers] == [0, 0]
     assert sorted(won) == sorted(row["key"] for row in ledger) == list(range(50))
+
+
+def test_a_writer_waits_for_the_lock(ledger):
+    ledger.append(key="mine")
+    with ledger.path.open("ab") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        other = writer(ledger, "other", 1)
+        with pytest.raises(subprocess.TimeoutExpired):
+            other.wait(timeout=0.5)
+        assert len(ledger.path.read_bytes().splitlines()) == 1
+    assert other.wait(timeout=60) == 0
+    assert [row["key"] for row in ledger] == ["mine", "other-0"]
 
 
 def test_a_full_disk_leaves_no_half_row(ledger):
@@ -272,14 +278,16 @@ except LedgerError as error:
     assert [row["key"] for row in ledger] == ["a", "b"] and ledger.broken == 0
 
 
-def test_frame(ledger):
+def test_frame(ledger, samples):
     pandas = pytest.importorskip("pandas")
-    ledger.append(method=Forgetful(budget=8), task="needle", metrics={"recall": 0.5, "deep": {"low": math.nan}}, seed=1)
+    ledger.append(
+        method=samples.Plain(needed=8), task="needle", metrics={"recall": 0.5, "deep": {"low": math.nan}}, seed=1
+    )
     ledger.append(method="full", kv_bytes=2**60 + 1, seconds=2, metrics={"recall": 1})
     table = ledger.frame()
-    assert list(table["method.name"]) == ["test-forgetful", "full"]
+    assert list(table["method.name"]) == ["sample-plain", "full"]
     assert list(table["metrics.recall"]) == [0.5, 1.0] and table["metrics.deep.low"].isna().all()
-    assert table["method.budget"][0] == 8
+    assert table["method.needed"][0] == 8
     assert table["kv_bytes"][1] == 2**60 + 1 and table["kv_bytes"].isna()[0]
     assert table["seconds"][1] == 2 and table["seed"][0] == 1
     assert {"replay_bytes", "flops", "commit", "model", "key", "versions.torch", "hardware.cpu"} <= set(table.columns)

@@ -219,13 +219,32 @@ def test_ctrl_c_inside_a_change_leaves_nothing(model):
             signal.raise_signal(signal.SIGINT)
             return super().train(mode)
 
+    class Sensitive:
+        def __init__(self) -> None:
+            self._value = 0
+
+        @property
+        def value(self) -> int:
+            return self._value
+
+        @value.setter
+        def value(self, value: int) -> None:
+            self._value = value
+            signal.raise_signal(signal.SIGINT)
+
     handler = signal.getsignal(signal.SIGINT)
-    patch = Patch(model, "test")
-    patch.attribute(model, "note", 1)
-    with pytest.raises(KeyboardInterrupt):
-        patch.module("model.norm", Interrupting())
-    assert state(model) == before
-    assert signal.getsignal(signal.SIGINT) is handler
+    sensitive = Sensitive()
+    for change in (
+        lambda patch: patch.module("model.norm", Interrupting()),
+        lambda patch: patch.attribute(sensitive, "value", 1),
+    ):
+        patch = Patch(model, "test")
+        patch.attribute(model, "note", 1)
+        with pytest.raises(KeyboardInterrupt):
+            change(patch)
+        assert state(model) == before and sensitive.value == 0
+        assert signal.getsignal(signal.SIGINT) is handler
+        assert Patch.active(model) == ()
 
 
 def test_claims_refuse_each_other_by_name(model):

@@ -184,7 +184,8 @@ class Ledger:
                 try:
                     fcntl.flock(file, fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH)
                 except OSError as error:
-                    raise LedgerError(f"{self.path} cannot be locked: {error.strerror}") from error
+                    if exclusive:  # a file system without locks can still be read
+                        raise LedgerError(f"{self.path} cannot be locked: {error.strerror}") from error
             yield file
         finally:
             os.close(file)  # which also unlocks

@@ -158,13 +158,13 @@ class Method:
             raise SpecError(f"the spec {dict(data)!r} lacks 'name'")
         found = registry.load(data["name"])
         if not issubclass(found, cls):
-            raise SpecError(f"{found.name!r} is a {_family(found)}, where a {cls.__name__} is wanted")
+            raise SpecError(_not_wanted(found, cls))
         return found(**{key: value for key, value in data.items() if key != "name"})
 
     @classmethod
     def parameters(cls) -> dict[str, dict[str, Any]]:
         """Each hyper-parameter's ``type``, ``default`` (absent if required), ``help`` and ``bounds``."""
-        hints = _hints(cls)
+        hints = _hints(cls)  # type: ignore[arg-type]
         described = {}
         for field in dataclasses.fields(cls):  # type: ignore[arg-type]
             entry = {
@@ -188,6 +188,8 @@ class Method:
         from pydantic_core import core_schema
 
         def build(value: Any) -> Method:
+            if isinstance(value, Method) and not isinstance(value, source):
+                raise SpecError(_not_wanted(type(value), source))
             return value if isinstance(value, source) else source.from_spec(value)
 
         return core_schema.no_info_plain_validator_function(build)
@@ -217,7 +219,7 @@ def _accept_keywords_with_clear_errors(cls: type[Method]) -> None:
     label = cls.__dict__.get("name", cls.__name__)
 
     @functools.wraps(plain_init)
-    def __init__(self: Method, *args: Any, **values: Any) -> None:
+    def __init__(self: Method, *args: Any, **values: Any) -> None:  # noqa: N807
         if args:
             raise SpecError(f"{label}: parameters are given by name ({', '.join(known)})")
         for key, value in values.items():
@@ -228,20 +230,20 @@ def _accept_keywords_with_clear_errors(cls: type[Method]) -> None:
                 raise SpecError(f"{label}: parameter {key!r} is required")
         plain_init(self, **values)
 
-    cls.__init__ = __init__  # type: ignore[method-assign]
+    cls.__init__ = __init__  # type: ignore[method-assign, assignment]
 
 
 @functools.cache
-def _hints(cls: type[Method]) -> dict[str, Any]:
+def _hints(cls: type[Any]) -> dict[str, Any]:
     return typing.get_type_hints(cls)
 
 
 @functools.cache
-def _model(cls: type[Method]) -> Any:
+def _model(cls: type[Any]) -> Any:
     """A strict pydantic model of the hyper-parameters of a method class."""
     import pydantic
 
-    hints = _hints(cls)
+    hints = _hints(cls)  # type: ignore[arg-type]
     fields: dict[str, Any] = {
         f.name: (hints[f.name], pydantic.Field(description=f.metadata.get("help", ""), **f.metadata.get("bounds", {})))
         for f in dataclasses.fields(cls)  # type: ignore[arg-type]
@@ -257,7 +259,7 @@ def _validate(cls: type[Method], values: dict[str, Any]) -> dict[str, Any]:
 
     values = {key: _tuples(value) for key, value in values.items()}
     try:
-        checked = _model(cls)(**values)
+        checked = _model(cls)(**values)  # type: ignore[arg-type]
     except pydantic.ValidationError as error:
         raise SpecError(_explain(cls, values, error)) from None
     return {key: getattr(checked, key) for key in values}
@@ -294,9 +296,18 @@ def _parse_text(text: str) -> Any:
     import yaml
 
     try:
+        return json.loads(text)  # YAML would take JSON's 1e-05 for text
+    except json.JSONDecodeError:
+        pass
+    try:
         return yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise SpecError(f"the spec is neither JSON nor YAML: {error}") from None
+
+
+def _not_wanted(found: type[Method], wanted: type[Method]) -> str:
+    label = getattr(found, "name", found.__name__)
+    return f"{label!r} is a {_family(found)}, where a {wanted.__name__} is wanted"
 
 
 def _family(cls: type[Method]) -> str:

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vestige.core.method import Method, Paper, Verdict, did_you_mean
-from vestige.errors import SpecError
+from vestige.errors import SpecError, VestigeError
 
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
@@ -101,12 +101,17 @@ class Registry:
         """The class registered under a name, importing its module if need be.
 
         Raises:
-            SpecError: unknown name, with the nearest known ones.
+            SpecError: unknown name, with the nearest known ones; or its module does not load.
         """
         if isinstance(name, str) and name in self._defined:
             return self._defined[name]
         card = self.card(name)
-        importlib.import_module(card.module)
+        try:
+            importlib.import_module(card.module)
+        except VestigeError:
+            raise
+        except Exception as error:
+            raise SpecError(f"method {name!r} does not load, {card.module} fails: {error}") from error
         if name not in self._defined:
             raise SpecError(f"{card.module} was imported but does not define the method {name!r}")
         return self._defined[name]
@@ -195,8 +200,8 @@ def _literal(node: ast.expr | None, text: str) -> Any:
 
 
 def _idea(doc: str | None) -> str:
-    """The first paragraph of a docstring, on one line."""
-    return " ".join((doc or "").split("\n\n")[0].split())
+    """The first paragraph of a docstring, on one line, without the roles that documentation tools read."""
+    return re.sub(r":\w+:`~?([^`]*)`", r"\1", " ".join((doc or "").split("\n\n")[0].split()))
 
 
 def _class_card(cls: type[Method]) -> MethodCard:
