@@ -137,7 +137,8 @@ class KeptLayer(CacheLayerMixin):
         held, count = self.slots, step.count
         if self.positions is not None or step.positions is not None:
             new = self._new_positions(step)
-            self.positions = new if held == 0 else torch.cat([self._positions(held), new], dim=2)
+            # The heads' positions are one at first; each head will write its own.
+            self.positions = new.contiguous() if held == 0 else torch.cat([self._positions(held), new], dim=2)
         self._store(step, keys, values)
         for name, tensor in self.state.items():
             self.state[name] = torch.nn.functional.pad(tensor, (0, count))
