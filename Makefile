@@ -49,7 +49,7 @@ format: install  ## Put the code into the project's style.
 	$(BIN)/ruff format .
 
 docs: install  ## Build the documentation into site/, strictly.
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 DISABLE_MKDOCS_2_WARNING=true $(BIN)/mkdocs build --strict
 
 clean:  ## Remove the environment and build products; results and the cache folder stay.
 	rm -rf $(VENV) build dist site .mypy_cache .pytest_cache .ruff_cache .hypothesis

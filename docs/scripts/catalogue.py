@@ -1,0 +1,56 @@
+"""Write catalogue.md from the registry: every method by room, with paper, verdict and parameters."""
+
+from __future__ import annotations
+
+from itertools import groupby
+
+import mkdocs_gen_files
+
+from vestige.core.registry import MethodCard, registry
+
+
+def cell(text: object) -> str:
+    return str(text).replace("|", "\\|").replace("\n", " ")
+
+
+def paper(card: MethodCard) -> str:
+    if card.paper is None:
+        return ""
+    title = f"[{card.paper.title}]({card.paper.url})" if card.paper.url else card.paper.title
+    where = ", ".join(str(part) for part in (card.paper.venue, card.paper.year) if part)
+    code = f"; [the authors' code]({card.paper.code})" if card.paper.code else ""
+    implemented = f"; implements {card.paper.equations}" if card.paper.equations else ""
+    return f"{title} ({where}){code}{implemented}"
+
+
+def lines(cards: list[MethodCard]) -> list[str]:
+    text = [
+        "# Catalogue",
+        "",
+        f"{len(cards)} methods, written from the registry when these pages were built. The same on your machine: "
+        "`vestige methods`, and `vestige show NAME` for one. A *verdict* says whether the paper's claim was seen here: "
+        "*reproduced*, *not reproduced*, *not checkable here* or *not yet checked*.",
+        "",
+        "| method | room | year | verdict |",
+        "|---|---|---|---|",
+    ]
+    for card in cards:
+        year = card.paper.year if card.paper else ""
+        text.append(f"| [`{card.name}`](#{card.name}) | {card.room} | {year} | {card.verdict.status} |")
+    for room, group in groupby(cards, key=lambda card: card.room):
+        text += ["", f"## {room.capitalize()}"]
+        for card in group:
+            text += ["", f"### {card.name} {{ #{card.name} }}", "", card.idea, "", f"*Paper:* {paper(card)}", ""]
+            seen = f": {card.verdict.seen}" if card.verdict.seen else ""
+            text += [f"*Verdict:* {card.verdict.status}{seen}", ""]
+            parameters = registry.load(card.name).parameters()
+            if parameters:
+                text += ["| parameter | type | default | allowed | what it is |", "|---|---|---|---|---|"]
+            for name, p in parameters.items():
+                default = f"`{cell(repr(p['default']))}`" if "default" in p else "required"
+                text.append(f"| `{name}` | `{cell(p['type'])}` | {default} | {cell(p['bounds'])} | {cell(p['help'])} |")
+    return text
+
+
+with mkdocs_gen_files.open("catalogue.md", "w") as page:
+    print("\n".join(lines(registry.cards())), file=page)
