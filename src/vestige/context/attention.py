@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from vestige.context.ragged import RaggedLayer, attend_ragged
+from vestige.context.ragged import RaggedLayer, StandIn, attend_ragged
 from vestige.errors import UnsupportedModelError
 from vestige.layers.ops.attention_mass import attention_mass, grouped, visible, within
 
@@ -105,7 +105,7 @@ def _attend_chunk(
     query, scaling, softcap, window = look.query, look.scaling, look.softcap, look.window
     every_key, every_value = layer.keys, layer.values
     count, entries = query.shape[2], layer.slots
-    valid = layer.valid()
+    valid, stand_in = layer.valid(), StandIn.of(policy, layer, look)
     if count == entries and valid is None and window is None and softcap is None:
         return sdpa_attention_forward(module, query, every_key, every_value, None, scaling=scaling, is_causal=True)[0]
     group = query.shape[1] // every_key.shape[1]
@@ -125,6 +125,8 @@ def _attend_chunk(
         else:
             if mask.shape[1] > 1:
                 mask = mask.repeat_interleave(group, dim=1)
+            if stand_in is not None:
+                keys, values, mask = stand_in.before(keys, values, mask, group)
             blocks.append(sdpa_attention_forward(module, rows, keys, values, mask, scaling=scaling)[0])
     return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=1)
 

@@ -283,7 +283,10 @@ class KeptLayer(CacheLayerMixin):
         order = rank.argsort(dim=2, stable=True)  # of equals the older goes first
         above = torch.arange(self.slots, device=self.device) >= self.slots - shares[..., None]
         kept = torch.zeros_like(rank, dtype=torch.bool).scatter(2, order, above.expand_as(rank))
-        kept &= self._positions(self.slots) != EMPTY
+        held = self._positions(self.slots) != EMPTY
+        kept &= held
+        if self._ranking.needs_lost:
+            self._ranking.lose(self, self.keys, self.values, held & ~kept)
         self.cache.layers[self.index] = RaggedLayer.pack(self, kept, shares.flatten().tolist(), places)
 
     def _gather(self, slots: Int[Tensor, "batch kv kept"]) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from vestige.context.attention import Look, attend
 from vestige.context.cache import KeptCache, KeptLayer, Step, budget_tokens, per_row
+from vestige.context.ragged import StandIn
 from vestige.context.rotary import Rotary
 from vestige.context.slots import GraphedForward
 from vestige.core.anatomy import Anatomy
@@ -52,6 +53,14 @@ class CachePolicy(Method):
     def plain(self) -> bool:
         """Whether attention, and what it leaves behind, is that of the model alone."""
         return False
+
+    def on(self, anatomy: Anatomy) -> CachePolicy:
+        """The policy as it acts on one model: what it has to know of that model filled in.
+
+        Raises:
+            SpecError: it cannot be known without :meth:`fit`.
+        """
+        return self
 
     def check_model(self, anatomy: Anatomy) -> None:
         """Raise :class:`UnsupportedModelError`, or :class:`SpecError` for a parameter, where a model will not do."""
@@ -124,11 +133,13 @@ class Ranking(CachePolicy):
         sinks: first tokens of the text that are always kept.
         lag: decoding steps from one drop to the next.
         by_age: whether the entry to give up while decoding is simply the oldest that is no sink.
+        needs_lost: whether :meth:`lose` is to be called.
     """
 
     sinks = 0
     lag = 1
     by_age: ClassVar[bool] = False
+    needs_lost: ClassVar[bool] = False
 
     @property
     def ranking(self) -> Ranking:
@@ -166,6 +177,14 @@ class Ranking(CachePolicy):
         ``rank`` is ``(batch, kv_heads, slots)``: scores, infinite (or the largest number) for entries that are kept
         in any case, minus infinity for empty slots.
         """
+        return None
+
+    def lose(self, entries: KeptLayer, keys: Tensor, values: Tensor, gone: Tensor) -> None:
+        """Take note of entries, ``(batch, kv_heads, n, dim)``, of which a layer with unequal heads drops those that are
+        ``gone (batch, kv_heads, n)``."""
+
+    def stand_in(self, entries: KeptLayer) -> StandIn | None:
+        """What stands for the entries that a layer has dropped, if anything does."""
         return None
 
 
@@ -274,6 +293,7 @@ class Kept:
             raise UnsupportedModelError(
                 f"{policy.name} needs a causal decoder with a cache; {anatomy.architecture} is none"
             )
+        policy = policy.on(anatomy)
         policy.check_model(anatomy)
         self.policy, self.anatomy = policy, anatomy
         self._rotary = Rotary.of(anatomy) if policy.needs_rotary else None

@@ -35,7 +35,35 @@ if TYPE_CHECKING:
     from vestige.context.attention import Look
     from vestige.context.policy import CachePolicy
 
-__all__ = ["Aligned", "RaggedLayer", "Segments", "attend_ragged"]
+__all__ = ["Aligned", "RaggedLayer", "Segments", "StandIn", "attend_ragged"]
+
+
+@dataclass(frozen=True)
+class StandIn:
+    """One entry per head that stands for others, dropped: ``weight`` is added to its logit.
+
+    Attributes:
+        key, value: ``(batch, kv_heads, dim)``.
+        weight: ``(batch, kv_heads)``; minus infinity where nothing has been dropped.
+    """
+
+    key: Tensor
+    value: Tensor
+    weight: Tensor
+
+    @classmethod
+    def of(cls, policy: CachePolicy, layer: KeptLayer, look: Look) -> StandIn | None:
+        """What stands in a layer for entries dropped; nothing where a window hides those anyway."""
+        return None if policy.ranking is None or look.window is not None else policy.ranking.stand_in(layer)
+
+    def before(self, keys: Tensor, values: Tensor, mask: Tensor, group: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys, values and a mask to add to logits, ``(batch, heads, queries, 1 + slots)``, with this entry first."""
+        seen = torch.zeros(mask.shape, dtype=keys.dtype, device=keys.device).masked_fill_(~mask, float("-inf"))
+        weight = self.weight.repeat_interleave(group, dim=1)[..., None, None].to(keys.dtype)
+        seen = seen.expand(*weight.shape[:2], -1, -1)
+        mask = torch.cat([weight.expand(-1, -1, seen.shape[2], -1), seen], dim=3)
+        first_key, first_value = self.key[:, :, None].to(keys.dtype), self.value[:, :, None].to(values.dtype)
+        return torch.cat([first_key, keys], dim=2), torch.cat([first_value, values], dim=2), mask
 
 
 @dataclass(frozen=True)
@@ -174,6 +202,8 @@ class RaggedLayer(KeptLayer):
             if any(grows):
                 slot = torch.where(torch.tensor(grows, device=self.device), self.lengths, slot)
         where = (self.offsets + slot).long()
+        if not all(grows):
+            self._lose(where, grows)
         self.keys.index_copy_(0, where, keys.flatten(0, 2))
         self.values.index_copy_(0, where, values.flatten(0, 2))
         assert self.positions is not None
@@ -183,6 +213,18 @@ class RaggedLayer(KeptLayer):
         if any(grows):
             self.used = tuple(used + grow for used, grow in zip(self.used, grows, strict=True))
             self.lengths += 1 if all(grows) else torch.tensor(grows, dtype=torch.int32, device=self.device)
+
+    def _lose(self, where: Int[Tensor, " heads"], grows: list[bool]) -> None:
+        """Tell the policy of the entries in whose place new ones are about to be written."""
+        ranking = self._ranking
+        if not ranking.needs_lost:
+            return
+
+        def by_head(flat: Tensor) -> Tensor:
+            return flat.view(self.rows, self.kv_heads, 1, *flat.shape[1:])
+
+        gone = torch.tensor([not grow for grow in grows], device=self.device)
+        ranking.lose(self, by_head(self.keys[where]), by_head(self.values[where]), by_head(gone))
 
     def _make_room(self, step: Step, grows: list[bool], bounded: bool) -> None:
         """Lengthen the segments of heads that grow and are full: by a share of what they hold, within the budget."""
@@ -395,6 +437,10 @@ def attend_ragged(
     group = heads // layer.kv_heads
     query = look.query.reshape(rows * layer.kv_heads, group, dim)[layer.order]
     oldest = None if look.window is None else (step.rows(layer.device) - look.window)
+    stand_in = StandIn.of(policy, layer, look)
+    if stand_in is not None:
+        parts = (stand_in.key, stand_in.value, stand_in.weight)
+        stand_in = StandIn(*(part.flatten(0, 1)[layer.order] for part in parts))
     outputs, shares = [], []
     for first, begin, count, size in layer.groups():
         used = [layer.used[head] for head in layer.segments.order[first : first + count]]
@@ -413,8 +459,12 @@ def attend_ragged(
                 bound = oldest.flatten()[layer.order[first : first + count] // layer.kv_heads][:, None]
             near = segment(layer.positions) >= bound
             mask = near if mask is None else mask & near
+        among = slice(first, first + count)
+        other = None
+        if stand_in is not None:
+            other = StandIn(stand_in.key[among], stand_in.value[among], stand_in.weight[among])
         output, share = _attend_group(
-            query[first : first + count], segment(layer.keys), segment(layer.values), mask, look, policy.needs_attention
+            query[among], segment(layer.keys), segment(layer.values), mask, look, policy.needs_attention, other
         )
         outputs.append(output)
         if share is not None:
@@ -434,18 +484,26 @@ def _attend_group(
     mask: Bool[Tensor, "count slots"] | None,
     look: Look,
     weights: bool,
+    stand_in: StandIn | None,
 ) -> tuple[Float[Tensor, "count group dim"], Float[Tensor, "count group slots"] | None]:
     """Attention of each head's queries over its entries, and its weights where they are asked for."""
-    if not weights and look.softcap is None:
+    if not weights and look.softcap is None and stand_in is None:
         shown = None if mask is None else mask[:, None, None]
         output = scaled_dot_product_attention(
             query[:, None], keys[:, None], values[:, None], attn_mask=shown, scale=look.scaling
         )
         return output.squeeze(1), None
-    logits = (query @ keys.transpose(1, 2)) * look.scaling
+    exact = torch.promote_types(query.dtype, torch.float32)
+    logits = ((query @ keys.transpose(1, 2)) * look.scaling).to(exact)
     if look.softcap is not None:
         logits = look.softcap * torch.tanh(logits / look.softcap)
     if mask is not None:
         logits = logits.masked_fill(~mask[:, None], float("-inf"))
-    share = torch.softmax(logits, dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
-    return share.to(values.dtype) @ values, share if weights else None
+    if stand_in is None:
+        share = torch.softmax(logits, dim=-1)
+        return share.to(values.dtype) @ values, share if weights else None
+    other = (query.to(exact) @ stand_in.key[..., None].to(exact)) * look.scaling + stand_in.weight[:, None, None]
+    share = torch.softmax(torch.cat([logits, other], dim=2), dim=-1)
+    share, other = share[..., :-1], share[..., -1:]
+    output = (share.to(values.dtype) @ values) + (other * stand_in.value[:, None]).to(values.dtype)
+    return output, share if weights else None
