@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,14 @@ import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Tests that open a page are skipped where there is no Chromium; in CI that is a failure."""
+    if item.get_closest_marker("browser") and not (shutil.which("chromium") and shutil.which("chromedriver")):
+        refuse = pytest.fail if os.environ.get("CI") == "true" else pytest.skip
+        refuse("chromium and chromedriver are not installed (Debian: apt-get install chromium chromium-driver)")
 
 
 @pytest.fixture(scope="session", autouse=True)
