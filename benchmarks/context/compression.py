@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from decode import SHAPE, build
+from shape import SHAPE, build
 
 BUDGET = 2048
 NEW = 128
