@@ -5,10 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
+from vestige.context.select import longheads as longheads_module
+from vestige.context.select.longheads import LongHeads
 from vestige.context.select.recycled_attention import RecycledAttention
 from vestige.context.select.tidal_decode import TidalDecode
 from vestige.errors import InputError, SpecError
 from vestige.evidence.certify.caching import feed, reference_run
+from vestige.evidence.references import longheads as longheads_reference
 from vestige.evidence.references import recycled_attention as recycled_reference
 from vestige.evidence.references import tidal_decode as tidal_reference
 from vestige.models.tiny import tiny_model
@@ -156,3 +159,52 @@ def test_layers_that_the_model_lacks_are_refused(form):
 def test_forms_that_cannot_be_are_refused(form):
     with pytest.raises(SpecError, match=next(reversed(form))):
         TidalDecode(**form)
+
+
+@pytest.mark.parametrize("chunk, budget", [(2, 13), (4, 12), (5, 26)])
+@pytest.mark.parametrize("chunks", [(60, 1, 1, 1), (7, 1, 1, 30, 1, 1, 16, 1, 5)])
+def test_chunks_are_chosen_and_moved_together(chunk, budget, chunks):
+    model, ids = tiny_model("llama-deep", torch.float64), tokens(1, 63)
+    policy = LongHeads(budget=budget, chunk=chunk)
+    due = torch.cat(reference_run(model, ids, chunks, longheads_reference.simulate, policy).logits, dim=1)
+    assert (logits(policy, model, ids, chunks) - due).abs().max() < 1e-6
+    assert (plain_logits(model, ids) - due)[:, budget - budget % chunk :].abs().amax(dim=2).min() > 1e-3
+
+
+def test_padding_between_chunks_moves_nothing(monkeypatch):
+    """Rows with padding on the left, and in the middle, where a second prompt follows: each as alone."""
+    monkeypatch.setattr(longheads_module, "BLOCK_BYTES", 1)
+    monkeypatch.setattr(longheads_module, "NEAR", 5)
+    model, ids, policy = tiny_model("llama", torch.float64), tokens(3, 50), LongHeads(budget=12, chunk=3)
+    mask = torch.ones_like(ids)
+    mask[0, :7] = mask[1, 24:33] = 0
+    mask[2, :20] = 0
+    chunks = (24, 14, 1, 1, 1, 9)
+    together = logits(policy, model, ids, chunks, mask)
+    monkeypatch.undo()
+    for row in range(3):
+        real = mask[row].bool()
+        ends = [int(real[: sum(chunks[: n + 1])].sum()) for n in range(len(chunks))]
+        own = [end - start for start, end in zip([0, *ends], ends, strict=False)]
+        alone = logits(policy, model, ids[row : row + 1, real], own)
+        assert (together[row, real] - alone[0]).abs().max() < 1e-6
+
+
+def test_a_text_beyond_the_trained_length_is_read_at_trained_distances():
+    """Twenty times the length that the budget allows: nothing overflows, and a step reads the budget alone."""
+    model, ids = tiny_model("llama", torch.float32), tokens(1, 900)
+    with LongHeads(budget=48, chunk=8).attach(model) as kept:
+        cache = kept.new_cache()
+        assert torch.cat(feed(model, ids, (600, 290, *[1] * 10), cache, kept=False).logits, dim=1).isfinite().all()
+        assert cache.layers[0].aside["chunks"].shape[2] == 900 // 8
+
+
+@pytest.mark.parametrize("form, word", [({"budget": 700, "chunk": 256}, "768"), ({"budget": 0.5}, "budget")])
+def test_chunks_that_do_not_fit_are_refused(form, word):
+    with pytest.raises(SpecError, match=word):
+        LongHeads(**form)
+
+
+def test_more_than_the_trained_length_is_refused():
+    with pytest.raises(SpecError, match="256 positions"):
+        LongHeads(budget=512, chunk=8).attach(tiny_model("llama"))

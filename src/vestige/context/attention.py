@@ -59,10 +59,12 @@ def attend(
         entries = layer.entries
         for watcher in watchers:
             watcher(layer.index, query, entries.keys, entries.positions, scaling)
+    slides = sliding_window is not None
     if sliding_window is not None and layer.seen <= sliding_window:
         sliding_window = None
     policy.present(layer, step)
-    look = Look(query, scaling, softcap, sliding_window, None if sliding_window is None else policy.places(layer))
+    places = None if sliding_window is None else policy.places(layer)
+    look = Look(query, scaling, softcap, sliding_window, places, slides)
     one = attend_ragged if isinstance(layer, RaggedLayer) else _attend_one
     plain = functools.partial(one if step.decoding else _attend_chunk, module, look, layer, policy, step)
     output = policy.respond(layer, look, step, plain)
@@ -139,6 +141,7 @@ class Look:
         query: ``(batch, heads, count, dim)``.
         scaling, softcap, window: of the model's attention.
         places: where the entries stand as far as a window goes, ``(batch, kv_heads, slots)``; given with one.
+        slides: whether the layer has a window, be the text so far within it or not.
     """
 
     query: Tensor
@@ -146,6 +149,7 @@ class Look:
     softcap: float | None
     window: int | None
     places: Tensor | None = None
+    slides: bool = False
 
     def mass(self, layer: KeptLayer, weights: Tensor, step: Step) -> Tensor:
         """Attention that each entry received, ``(batch, kv_heads, slots)``; see :func:`attention_mass`.

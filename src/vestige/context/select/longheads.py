@@ -1,0 +1,247 @@
+"""LongHeads: each head reads the chunks of the text that matter to it, as if nothing lay between them."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import ClassVar
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from vestige.context.attention import Look, Reading
+from vestige.context.cache import EMPTY, KeptLayer, Step
+from vestige.context.policy import CachePolicy
+from vestige.context.select.base import Select
+from vestige.core.anatomy import Anatomy
+from vestige.core.method import Paper, param
+from vestige.errors import SpecError
+from vestige.layers.ops.attention_mass import grouped, visible
+
+__all__ = ["LongHeads"]
+
+FORCED = 3  # the first chunk, the one before the token's, and the token's own
+NEAR = 512  # queries that are answered at once where everything is read
+BLOCK_BYTES = 128 * 2**20  # keys and values that are gathered at once while a prompt is read
+
+
+class LongHeads(Select):
+    r"""Cut the text into chunks, and let each token attend to a few of them at positions that the model was trained on.
+
+    A model fails beyond the length that it was trained on, since it meets distances that it has never seen; but no
+    head needs all of a long text. The text is cut into chunks of *l* tokens. A complete chunk with queries *Q*, keys
+    *K* (turned to positions 0 ... l - 1) and values *V* is represented by
+
+    .. math:: c = \operatorname{softmax}(\bar o K^T / \sqrt d) K, \qquad
+              \bar o = \operatorname{mean}_i \operatorname{softmax}(Q K^T / \sqrt d)_i V.
+
+    A token attends to *budget / l* chunks: the first, the one before its own, its own up to itself, and those with
+    the highest *q c*, where *q* is its query before any turn by position. The chosen chunks stand one after the
+    other, at positions 0, 1, ..., and the token at the end of them, so that no distance reaches the budget. A token
+    whose text fits the budget attends to all of it, as the model itself does.
+
+    The chunks are read as they are stored. A turn of the keys of one chunk, which are all moved by the same distance,
+    is a turn of the query against them, and that is what is turned.
+
+    The paper has models without grouped heads; here the query heads of a group choose together, by the mean of their
+    scores. In a layer with a sliding window, and in a model whose positions do not enter by turning, nothing is
+    moved: the former reads its window, as it was trained to, the latter the chosen chunks where they stand. All
+    entries are kept.
+    """
+
+    name = "longheads"
+    paper = Paper(
+        title="LongHeads: Multi-Head Attention is Secretly a Long Context Processor",
+        year=2024,
+        arxiv="2402.10685",
+        venue="Findings of EMNLP 2024",
+        code="https://github.com/LuLuLuyi/LongHeads",
+        equations="section 3: chunk representation, chunk selection and position remapping",
+    )
+
+    budget: int = param(2048, "tokens that a token attends to at most: no more than the model was trained on", ge=3)
+    chunk: int = param(256, "tokens of a chunk", ge=1)
+
+    needs_rotary: ClassVar[bool] = True
+
+    def check(self) -> None:
+        if self.budget < FORCED * self.chunk:
+            raise SpecError(
+                f"{self.name}: parameter 'budget' is {self.budget}; "
+                f"it must hold {FORCED} chunks of {self.chunk} = {FORCED * self.chunk}"
+            )
+
+    def check_model(self, anatomy: Anatomy) -> None:
+        if self.budget > anatomy.max_positions:
+            raise SpecError(
+                f"{self.name}: parameter 'budget' is {self.budget}; "
+                f"the model was trained on {anatomy.max_positions} positions"
+            )
+
+    def lossless(self, tokens: int) -> CachePolicy:
+        return self.replace(budget=max(FORCED, -(-tokens // self.chunk)) * self.chunk)
+
+    @property
+    def chunks(self) -> int:
+        """Chunks that a token attends to at most."""
+        return self.budget // self.chunk
+
+    def respond(self, entries: KeptLayer, look: Look, step: Step, plain: Callable[[], Tensor]) -> Tensor:
+        if look.slides:
+            return plain()
+        self._represent(entries, look, step)
+        if max(step.real) <= self.chunks * self.chunk:
+            return plain()
+        text = _Text(entries, look, step)
+        short = text.asked < self.chunks * self.chunk
+        outputs = []
+        for first, last in self._blocks(entries, short):
+            within = short[:, first:last]
+            output = text.attend_to_all(first, last) if bool(within.any()) else None
+            if not bool(within.all()):
+                far = self._attend(entries, text, first, last)
+                output = far if output is None else torch.where(within[..., None, None], output, far)
+            assert output is not None
+            outputs.append(output)
+        return torch.cat(outputs, dim=1)
+
+    def _blocks(self, entries: KeptLayer, short: Tensor) -> list[tuple[int, int]]:
+        """Runs of queries that are answered at once: few, where chunks are gathered for each."""
+        batch, heads, _, dim = entries.keys.shape
+        bytes_each = batch * heads * self.budget * (dim + entries.values.shape[3]) * entries.keys.element_size()
+        few = max(1, BLOCK_BYTES // bytes_each)
+        count = short.shape[1]
+        near = int(short.all(dim=0).sum())  # the leading queries, in rows without padding
+        ends = [*range(0, near, NEAR), *range(near, count, few), count]
+        return list(itertools.pairwise(ends))
+
+    def _attend(self, entries: KeptLayer, text: _Text, first: int, last: int) -> Float[Tensor, "batch count heads dim"]:
+        """Choose chunks for some queries, and attend to them."""
+        chosen = self._choose(entries, text, first, last)
+        query = grouped(text.look.query[:, :, first:last], entries.keys.shape[1])
+        asked = text.asked[:, None, first:last, None]
+        place = torch.arange(self.chunks, device=chosen.device)
+        moved = (self.chunks - 1 - place + chosen - asked.clamp_min(0) // self.chunk) * self.chunk
+        turned = query[..., None, :].expand(*query.shape[:-1], self.chunks, query.shape[-1])
+        if entries.cache.rotary is not None:
+            turned = entries.cache.rotary.turn(turned, moved[:, :, None])
+        positions = chosen[..., None] * self.chunk + torch.arange(self.chunk, device=chosen.device)
+        keys, values = text.entries_at(positions)
+        logits = torch.einsum("bkgnsd,bknsrd->bkgnsr", turned, keys) * text.look.scaling
+        if text.look.softcap is not None:
+            logits = text.look.softcap * torch.tanh(logits / text.look.softcap)
+        logits = logits.masked_fill((positions > asked[..., None])[:, :, None], float("-inf"))
+        share = logits.flatten(-2).softmax(dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32)).nan_to_num()
+        output = torch.einsum("bkgnm,bknmd->bnkgd", share.to(values.dtype), values.flatten(3, 4))
+        return output.flatten(2, 3)
+
+    def _choose(self, entries: KeptLayer, text: _Text, first: int, last: int) -> Int[Tensor, "batch kv count chunks"]:
+        """The chunks that some queries attend to, in the order of the text."""
+        query = text.look.query[:, :, first:last]
+        asked = text.asked[:, first:last]
+        if entries.cache.rotary is not None:
+            query = entries.cache.rotary.turn(query, -asked[:, None])
+        score = (query @ entries.aside["chunks"].mT).unflatten(1, (entries.keys.shape[1], -1)).mean(dim=2)
+        own = (asked.clamp_min(0) // self.chunk)[:, None, :, None].expand(*score.shape[:3], 1)
+        middle = torch.arange(score.shape[3], device=score.device)
+        between = (middle > 0) & (middle < own - 1)
+        best = score.masked_fill(~between, float("-inf")).topk(self.chunks - FORCED, dim=3).indices
+        return torch.cat([torch.zeros_like(own), best, own - 1, own], dim=3).clamp_min(0).sort(dim=3).values
+
+    def _represent(self, entries: KeptLayer, look: Look, step: Step) -> None:
+        """Represent the chunks that the step completes, and remember the queries of those that it does not."""
+        length, heads, dim = self.chunk, look.query.shape[1], look.query.shape[3]
+        batch, device = len(step.real), look.query.device
+        before = [real - fresh for real, fresh in zip(step.real, step.fresh, strict=True)]
+        open_queries = entries.aside.get("open queries")
+        if open_queries is None:
+            open_queries = look.query.new_zeros(batch, heads, length, dim)
+        rest = torch.tensor([seen % length for seen in before], device=device)
+        start = torch.tensor([seen - seen % length for seen in before], device=device)
+        real = torch.tensor(step.real, device=device)
+        complete = [seen // length for seen in step.real]
+        most = max(now - seen // length for now, seen in zip(complete, before, strict=True))
+
+        # Where the query of each position from `start` on is: among those remembered, or those that come.
+        ahead = torch.arange((most + 1) * length, device=device)
+        new = _column(step, device, look.query.shape[2])
+        late = (ahead - rest[:, None]).clamp(0, new.shape[1] - 1)
+        where = torch.where(ahead < rest[:, None], ahead, length + new.gather(1, late))
+        queries = torch.cat([open_queries, look.query], dim=2)
+
+        if most:
+            text = _Text(entries, look, step)
+            held = entries.aside.get("chunks")
+            chunks = look.query.new_zeros(batch, heads, max(complete), dim)
+            if held is not None:
+                chunks[:, :, : held.shape[2]] = held
+            for number in range(most):
+                rows = (start + (number + 1) * length <= real).nonzero().flatten()
+                index = where[rows, number * length : (number + 1) * length]
+                query = queries[rows[:, None], :, index].transpose(1, 2)
+                first = start[rows] + number * length
+                chunks[rows, :, first // length] = self._vector(entries, text, rows, query, first)
+            entries.aside["chunks"] = chunks
+        done = torch.tensor([now - seen // length for now, seen in zip(complete, before, strict=True)], device=device)
+        tail = where.gather(1, done[:, None] * length + torch.arange(length, device=device))
+        entries.aside["open queries"] = queries.gather(2, tail[:, None, :, None].expand(-1, heads, -1, dim))
+
+    def _vector(
+        self, entries: KeptLayer, text: _Text, rows: Tensor, query: Tensor, start: Tensor
+    ) -> Float[Tensor, "rows heads dim"]:
+        """What represents one complete chunk in some rows of the batch, for each query head."""
+        positions = (start[:, None] + torch.arange(self.chunk, device=start.device))[:, None]
+        keys, values = text.entries_at(positions.expand(-1, entries.keys.shape[1], -1), rows)
+        mean = Reading(((query, keys),), values).attend(text.look)[0].mean(dim=1)[:, :, None]
+        if entries.cache.rotary is not None:
+            keys = entries.cache.rotary.turn(keys, -start[:, None, None])
+        return Reading(((mean, keys),), keys).attend(text.look)[0][:, 0]
+
+
+class _Text:
+    """A layer's entries by their positions in the text, and the positions of the queries."""
+
+    def __init__(self, entries: KeptLayer, look: Look, step: Step) -> None:
+        self.entries, self.look, self.step = entries, look, step
+        self.slots = None  # of each position, where padding stands between
+        device = look.query.device
+        if entries.valid() is not None:
+            held = entries._positions(entries.slots)[:, 0]
+            self.slots = held.masked_fill(held == EMPTY, held.shape[1]).argsort(dim=1, stable=True)
+        if step.positions is None:
+            self.asked = torch.arange(step.start, step.start + step.count, device=device).expand(len(step.real), -1)
+        else:
+            self.asked = step.positions
+
+    def entries_at(
+        self, positions: Int[Tensor, "rows kv ..."], rows: Int[Tensor, " rows"] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Keys and values ``(rows, kv, ..., dim)`` at some positions; anything where the text ends before."""
+        entries = self.entries
+        rows = torch.arange(entries.keys.shape[0], device=positions.device) if rows is None else rows
+        extra = [1] * (positions.dim() - 1)
+        slots = positions.clamp_max(entries.slots - 1)
+        row = rows.view(-1, *extra)
+        if self.slots is not None:
+            slots = self.slots[row, slots]
+        head = torch.arange(entries.keys.shape[1], device=positions.device).view(-1, *extra[1:])
+        return entries.keys[row, head, slots], entries.values[row, head, slots]
+
+    def attend_to_all(self, first: int, last: int) -> Float[Tensor, "batch count heads dim"]:
+        """Plain causal attention of some of the chunk's queries."""
+        entries, count = self.entries, self.look.query.shape[2]
+        shown = entries.slots - count + last
+        seen = visible(first, last, count, entries.slots, self.asked.device)[None, None]
+        valid = entries.valid()
+        if valid is not None:
+            seen = seen & valid[:, :, None, :shown]
+        part = (self.look.query[:, :, first:last], entries.keys[:, :, :shown])
+        return Reading((part,), entries.values[:, :, :shown], seen).attend(self.look)[0]
+
+
+def _column(step: Step, device: torch.device, count: int) -> Int[Tensor, "batch count"]:
+    """The column of each row's first real token, of its second, and so on."""
+    if step.positions is None:
+        return torch.arange(count, device=device).expand(len(step.real), count)
+    return (step.positions == EMPTY).to(torch.uint8).argsort(dim=1, stable=True)
