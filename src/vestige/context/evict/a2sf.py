@@ -7,7 +7,7 @@ import math
 from torch import Tensor
 
 from vestige.context.policy import AttentionMass
-from vestige.core.method import Paper, param
+from vestige.core.method import Paper, Verdict, param
 
 __all__ = ["A2SF"]
 
@@ -32,6 +32,12 @@ class A2SF(AttentionMass):
         arxiv="2407.20485",
         code="https://github.com/Dirac-Notation/A2SF",
         equations="the accumulative score with forgetting factor (section 3)",
+    )
+    verdict = Verdict(
+        "reproduced",
+        "SmolLM2, 256 tokens cut to 40: what is kept gets 80% of the attention of later tokens, h2o's 75%; "
+        "predictions are nearer the whole cache's in 7 of 8 passages (0.23 against 0.33 nats); "
+        "where one hangs on an old token, h2o is ahead",
     )
 
     forgetting: float = param(0.98, "factor on the attention gathered before, per token; 1 forgets nothing", gt=0, le=1)

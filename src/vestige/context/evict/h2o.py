@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from vestige.context.policy import AttentionMass
-from vestige.core.method import Paper
+from vestige.core.method import Paper, Verdict
 
 __all__ = ["H2O"]
 
@@ -27,6 +27,11 @@ class H2O(AttentionMass):
         venue="NeurIPS 2023",
         code="https://github.com/FMInference/H2O",
         equations="Definition 4.1 and Algorithm 1 (greedy eviction by accumulated attention)",
+    )
+    verdict = Verdict(
+        "reproduced",
+        "SmolLM2, 256 tokens cut to 40: what is kept gets 75% of the attention of later tokens, sinks and window 60%; "
+        "predictions are 0.23 nats from the whole cache's, those of a plain window 1.4",
     )
 
     def query_weights(self, age: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ from vestige.evidence.references import reference_of
 policies = Suite(CachePolicy, case=CacheCase)
 evicting = Suite(Evict, case=CacheCase)
 
-PROMPT, DECODED = 26, 12
+PROMPT, DECODED = 24, 8
 CHUNKS = (PROMPT, *[1] * DECODED)
 EXACT = 1e-6  # of logits of the order of ten; Llama's norms round to float32 whatever the dtype
 ARCHITECTURES = ("llama", "gpt2", "opt", "gpt-neox", "mistral", "qwen2")
@@ -72,7 +72,7 @@ def logits_and_positions_agree(case: CacheCase) -> Seen:
 @policies.check("reference")
 def chunked_prompts_agree(case: CacheCase) -> Seen:
     """The same for a prompt in several chunks, with single tokens and a further chunk after it."""
-    return {"difference": against_reference(case, case.fitted, "llama", (15, 11, 1, 1, 1, 1, 6, 1, 1, 1))}
+    return {"difference": against_reference(case, case.fitted, "llama", (13, 9, 1, 1, 1, 5, 1, 1))}
 
 
 @policies.check("reference")
@@ -84,11 +84,12 @@ def sliding_window_layers_agree(case: CacheCase) -> Seen:
 
 @evicting.check("reference")
 def each_schedule_agrees(case: CacheCase) -> Seen:
-    """The same when entries are dropped after the prompt only, and while decoding only."""
+    """The same when entries are dropped after the prompt only, while decoding only, and with a lag."""
     case.require_bounded()
+    forms = {"prefill": {"when": "prefill"}, "decoding": {"when": "decoding"}, "lag of 3": {"lag": 3}}
     return {
-        f"difference, {when}": against_reference(case, case.variant(when=when), "llama", CHUNKS)
-        for when in ("prefill", "decoding")
+        f"difference, {name}": against_reference(case, case.variant(**form), "llama", CHUNKS)
+        for name, form in forms.items()
     }
 
 
@@ -158,11 +159,11 @@ def reported_bytes_are_held(case: CacheCase) -> Seen:
     """What is reported equals the storage of all tensors that can be reached from the cache, at every step."""
     model = case.tiny("llama", torch.float32)
     steps = 0
-    for tokens, mask in ((case.tokens(1, 38), None), padded(case)):
+    for tokens, mask in ((case.tokens(1, PROMPT + DECODED), None), padded(case)):
         with case.fitted.attach(model) as kept:
             expect(kept.nbytes == 0, f"{kept.nbytes} bytes are reported before anything was run")
             kept.cache = cache = kept.new_cache()
-            for start, count in ((0, 20), (20, 6), *((n, 1) for n in range(26, 38))):
+            for start, count in ((0, 18), (18, PROMPT - 18), *((n, 1) for n in range(PROMPT, PROMPT + DECODED))):
                 step = tokens[:, start : start + count]
                 feed(model, step, [count], cache, None if mask is None else mask[:, : start + count])
                 held = held_bytes(cache)
@@ -178,30 +179,37 @@ def reported_bytes_are_held(case: CacheCase) -> Seen:
 
 @evicting.check("bytes")
 def storage_really_shrinks(case: CacheCase) -> Seen:
-    """After the prompt, keys and values take the budget's bytes; the rest takes less than they do."""
+    """Once entries have been dropped, keys and values take the budget's bytes; the rest takes less than they do."""
     case.require_bounded()
+    policy = case.variant(lag=1)
+    schedule = getattr(policy, "when", "both")
     model = case.tiny("llama", torch.float32)
     per_token = Anatomy.of(model).cache_bytes_per_token()
     tokens = case.tokens(3, 200)
-    with case.fitted.attach(model) as kept:
+    with policy.attach(model) as kept:
         cache = kept.cache = kept.new_cache()
-        feed(model, tokens, [200], cache)
+        feed(model, tokens, [199 if schedule == "decoding" else 200], cache)
+        if schedule == "decoding":
+            feed(model, tokens[:, 199:], [1], cache)
         parts = kept.nbytes_by_part
         entries = parts["keys"] + parts["values"]
         due = 3 * BUDGET * per_token
         expect(entries == due, f"keys and values take {entries} bytes; {BUDGET} entries take {due}")
         expect(kept.nbytes - entries < entries, f"what ranks the entries takes more than they do: {parts}")
-        feed(model, tokens[:, :8], [1] * 8, cache)
-        expect(kept.nbytes == sum(parts.values()), "bytes grow while decoding within the budget")
+        if schedule != "prefill":
+            feed(model, tokens[:, :8], [1] * 8, cache)
+            expect(kept.nbytes == sum(parts.values()), "bytes grow while decoding within the budget")
     return {"kept": kept.nbytes, "of a full cache": f"{kept.nbytes / (3 * 200 * per_token):.1%}"}
 
 
 @evicting.check("bytes")
 def the_budget_is_never_exceeded(case: CacheCase) -> Seen:
-    """While decoding no attention call sees, and no head holds, more entries than the budget."""
+    """While decoding no attention call sees, and no head holds, more entries than budget, lag and schedule allow."""
     case.require_bounded()
     most_seen = most_held = 0
-    model = case.tiny("llama", torch.float32)
+    model = case.tiny("llama")
+    lag, schedule = getattr(case.fitted, "lag", 1), getattr(case.fitted, "when", "both")
+    limit = BUDGET + (DECODED if schedule == "prefill" else lag - 1)
     with case.fitted.attach(model) as kept:
 
         def look(layer: int, query: Tensor, keys: Tensor, positions: Tensor | None, scaling: float) -> None:
@@ -209,25 +217,27 @@ def the_budget_is_never_exceeded(case: CacheCase) -> Seen:
             if query.shape[2] == 1:
                 most_seen = max(most_seen, keys.shape[2])
 
-        kept.watch(look)
         cache = kept.new_cache()
         feed(model, case.tokens(2, PROMPT), [PROMPT], cache)
+        if schedule == "decoding":  # up to the first drop the prompt is held whole
+            feed(model, case.tokens(2, lag), [1] * lag, cache)
+        kept.watch(look)
         for n in range(DECODED):
             feed(model, case.tokens(2, 1, seed=n), [1], cache)
             most_held = max(most_held, *(cache.positions(layer).shape[-1] for layer in range(len(cache.layers))))
-    expect(most_seen == BUDGET, f"{most_seen} entries were attended to, where the budget is {BUDGET}")
-    expect(most_held == BUDGET, f"{most_held} entries were held, where the budget is {BUDGET}")
-    return {"budget": BUDGET, "most attended to": most_seen, "most held": most_held}
+    expect(BUDGET <= most_seen <= limit, f"{most_seen} entries were attended to, where {limit} are allowed")
+    expect(BUDGET <= most_held <= limit, f"{most_held} entries were held, where {limit} are allowed")
+    return {"allowed": limit, "most attended to": most_seen, "most held": most_held}
 
 
-def padded(case: CacheCase, lengths: tuple[int, ...] = (9, 19, 26), decoded: int = DECODED) -> tuple[Tensor, Tensor]:
-    """Rows of different lengths, padded on the left, with ``decoded`` tokens after them; and the mask."""
-    longest = max(lengths)
-    tokens = case.tokens(len(lengths), longest + decoded, seed=1)
+def padded(case: CacheCase) -> tuple[Tensor, Tensor]:
+    """Rows of different lengths, padded on the left, with tokens to decode after them; and the mask."""
+    lengths = (9, 18, PROMPT)
+    tokens = case.tokens(len(lengths), PROMPT + DECODED, seed=1)
     mask = torch.ones_like(tokens)
     for row, length in enumerate(lengths):
-        tokens[row, : longest - length] = 0
-        mask[row, : longest - length] = 0
+        tokens[row, : PROMPT - length] = 0
+        mask[row, : PROMPT - length] = 0
     return tokens, mask
 
 
@@ -256,7 +266,7 @@ def left_padded_rows_are_as_alone(case: CacheCase) -> Seen:
     """In a left-padded batch each row keeps and answers what it does alone, in one prompt chunk or several."""
     found = [
         compare_rows(case, case.fitted, case.tiny(architecture), chunks)
-        for architecture, chunks in (("llama", CHUNKS), ("gpt2", CHUNKS), ("llama", (14, 12, *[1] * DECODED)))
+        for architecture, chunks in (("llama", CHUNKS), ("gpt2", CHUNKS), ("llama", (13, 11, *[1] * DECODED)))
     ]
     return {"difference": max(found)}
 
@@ -265,17 +275,17 @@ def left_padded_rows_are_as_alone(case: CacheCase) -> Seen:
 def left_padded_rows_have_their_own_shares(case: CacheCase) -> Seen:
     """The same where the budget is a share of each row's own tokens, and under every schedule."""
     case.require_bounded()
-    forms = [{"budget": 0.5}, {"budget": 0.3, "recent": 0.5}, {"when": "decoding"}, {"when": "prefill"}]
+    forms = [{"budget": 0.5}, {"budget": 0.3, "recent": 0.5}, {"when": "decoding"}, {"when": "prefill"}, {"lag": 3}]
     return {"difference": max(compare_rows(case, case.variant(**form), case.tiny("llama"), CHUNKS) for form in forms)}
 
 
 @policies.check("invariance")
 def chunked_prompt_is_whole_prompt(case: CacheCase) -> Seen:
     """While nothing has to be dropped inside the prompt, its chunking changes nothing, then or later."""
-    policy = case.roomy(PROMPT)
+    policy = case.variant(budget=PROMPT) if case.bounded else case.roomy(PROMPT + DECODED)
     model, tokens = case.tiny("llama"), case.tokens(1, PROMPT + DECODED)
     whole = run_attached(policy, model, tokens, CHUNKS)
-    parts = run_attached(policy, model, tokens, (7, 13, 1, 5, *[1] * DECODED))
+    parts = run_attached(policy, model, tokens, (7, 11, 1, 5, *[1] * DECODED))
     return {"difference": agree(parts.tail(DECODED), whole.tail(DECODED), "in chunks and whole")}
 
 
@@ -319,8 +329,7 @@ def beam_search_runs(case: CacheCase) -> Seen:
     model, tokens = case.tiny("llama"), case.tokens(2, PROMPT)
     search = {"num_beams": 3, "max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
     plain = model.generate(tokens, **search)
-    roomy = case.roomy(4 * PROMPT)
-    with roomy.attach(model):
+    with case.roomy(PROMPT + 8).attach(model):
         same = model.generate(tokens, **search)
     expect(torch.equal(plain, same), f"beams differ where nothing is dropped: {same.tolist()} and {plain.tolist()}")
     with case.fitted.attach(model) as kept:

@@ -103,7 +103,7 @@ def asking_too_early_or_amiss_is_refused(case: CacheCase) -> Seen:
 def budgets_that_cannot_be_are_refused(case: CacheCase) -> Seen:
     """A share above one, or a budget that does not hold sinks and recent tokens, raises SpecError with the numbers."""
     case.require_bounded()
-    build = case.method.replace
+    build = case.fitted.replace
     refused(SpecError, lambda: build(budget=1.5), "budget", "1.5")
     refused(SpecError, lambda: build(recent=1.5), "recent", "1.5")
     refused(SpecError, lambda: build(budget=16, sinks=17, recent=0), "budget", "16", "17")

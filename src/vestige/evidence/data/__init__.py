@@ -1,0 +1,1 @@
+"""Texts and data sets that are there without a network."""
