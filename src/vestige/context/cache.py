@@ -185,18 +185,18 @@ class KeptLayer(CacheLayerMixin):
         if any(grow and before == self.slots for grow, before in zip(grows, held, strict=True)):
             self._append(step, keys, values)
             if not all(grows):  # rows at their budget give up an entry, which leaves an empty slot
-                self._ensure_positions()
+                positions = self._written_positions()
                 victim = self._victim(step, allowed, [False] * len(grows), spare_last=True)
-                emptied = self.positions.gather(2, victim)
+                emptied = positions.gather(2, victim)
                 emptied[~torch.tensor(grows, device=self.device)] = EMPTY
-                self.positions = self.positions.scatter(2, victim, emptied)
+                self.positions = positions.scatter(2, victim, emptied)
             return
-        self._ensure_positions()
+        positions = self._written_positions()
         victim = self._victim(step, allowed, grows)
         where = victim[..., None]
         self.keys.scatter_(2, where.expand(-1, -1, -1, self.keys.shape[3]), keys)
         self.values.scatter_(2, where.expand(-1, -1, -1, self.values.shape[3]), values)
-        self.positions.scatter_(2, victim, self._new_positions(step))
+        positions.scatter_(2, victim, self._new_positions(step))
         for tensor in self.state.values():
             tensor.scatter_(2, victim, 0)
 
@@ -296,9 +296,11 @@ class KeptLayer(CacheLayerMixin):
         self.values = self.values.gather(2, index.expand(-1, -1, -1, self.values.shape[3]))
         self.state = {name: tensor.gather(2, slots) for name, tensor in self.state.items()}
 
-    def _ensure_positions(self) -> None:
+    def _written_positions(self) -> Int[Tensor, "batch kv slots"]:
+        """The positions, written out if they were implicit, to be changed in place."""
         if self.positions is None:
             self.positions = self._positions(self.slots).contiguous()
+        return self.positions
 
     def _positions(self, count: int) -> Int[Tensor, "batch kv slots"]:
         """Position of each held entry, made where it has been left implicit."""
@@ -395,6 +397,8 @@ class KeptCache(Cache):
     Args:
         rotary: the model's turns by position, for a policy that asks for them.
     """
+
+    layers: list[Any]  # of KeptLayer, or of what the policy stores its entries in
 
     def __init__(self, policy: CachePolicy, layers: int, rotary: Rotary | None = None) -> None:
         self.policy = policy

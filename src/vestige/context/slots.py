@@ -15,7 +15,7 @@ import functools
 import logging
 import weakref
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from vestige.context.cache import EMPTY, KeptCache, KeptLayer
 
 if TYPE_CHECKING:
-    from vestige.context.policy import Kept
+    from vestige.context.policy import Evict, Kept
     from vestige.layers.ops.decode_triton import SlotTable
 
 __all__ = ["GraphedForward", "SlotStep"]
@@ -146,7 +146,7 @@ class GraphedForward:
             held = max(layer.slots for layer in cache.layers)
             capacity = -(-(held + ROOM) // ROOM) * ROOM
         else:
-            capacity = cache.policy.budget
+            capacity = int(cast("Evict", cache.policy).budget)  # in tokens, or there is no such mode
         key = (batch, capacity, mode, first.keys.dtype)
         if key in self._steps:
             self._steps[key].adopt(cache)
@@ -237,11 +237,11 @@ class _GraphedStep:
                 table.target.fill_(layer.slots)
                 continue
             table.length.fill_(self.capacity)
-            policy = cache.policy
+            positions = layer._positions(layer.slots)
             real = torch.tensor(cache.real, device=layer.device)[:, None, None] + 1
-            rank = (layer.state["mass"] if self.mode == 1 else layer.positions).float()
-            spared = (layer.positions < policy.sinks) | (layer.positions >= real - policy.recent_tokens(self.capacity))
-            rank = rank.masked_fill(spared, 3e38).masked_fill(layer.positions == EMPTY, -1.0)
+            rank = (layer.state["mass"] if self.mode == 1 else positions).float()
+            spared = (positions < self.step.sinks) | (positions >= real - self.step.recent)
+            rank = rank.masked_fill(spared, 3e38).masked_fill(positions == EMPTY, -1.0)
             table.target.copy_(rank.argmin(dim=2).flatten())
 
 

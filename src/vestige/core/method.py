@@ -83,7 +83,7 @@ def param(
     return dataclasses.field(default=default, default_factory=factory, kw_only=True, metadata=metadata)
 
 
-@dataclass_transform(kw_only_default=True, frozen_default=True, field_specifiers=(param,))
+@dataclass_transform(kw_only_default=True, frozen_default=True)
 class Method:
     """Base of all methods. See the module for how one is written.
 
