@@ -53,8 +53,8 @@ class StandIn:
 
     @classmethod
     def of(cls, policy: CachePolicy, layer: KeptLayer, look: Look) -> StandIn | None:
-        """What stands in a layer for entries dropped; nothing where a window hides those anyway."""
-        return None if policy.ranking is None or look.window is not None else policy.ranking.stand_in(layer)
+        """What stands in a layer for entries dropped; nothing where a sliding window would hide those anyway."""
+        return None if policy.ranking is None or look.slides else policy.ranking.stand_in(layer)
 
     def before(self, keys: Tensor, values: Tensor, mask: Tensor, group: int) -> tuple[Tensor, Tensor, Tensor]:
         """Keys, values and a mask to add to logits, ``(batch, heads, queries, 1 + slots)``, with this entry first."""

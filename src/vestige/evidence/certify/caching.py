@@ -205,6 +205,7 @@ def reference_run(
     """
     queries: dict[int, list[Tensor]] = {}
     kept: list[dict[int, Any]] = [{} for _ in chunks]
+    policy = policy.on(Anatomy.of(model))
     parameters = {name: getattr(policy, name) for name in policy.parameters()}
     rotary = getattr(Anatomy.of(model).base, "rotary_emb", None)
     frequencies = None if rotary is None else rotary.inv_freq

@@ -95,6 +95,8 @@ def follow(
     place: Callable[[int, int, int], int] | None = None,
     layer_budget: Callable[[int, int], int] | None = None,
     share: Sharing | None = None,
+    rule: Callable[[int], list[int]] | None = None,
+    stand_ins: bool = False,
 ) -> Trace:
     """Follow a sequence through a layer under a policy.
 
@@ -116,6 +118,9 @@ def follow(
         share: gives the heads unequal parts of the layer's budget. It is asked when a prompt is cut; while decoding
             each head keeps to its part, which grows and shrinks by as much as the budget; and it is asked again if
             a head then holds too much. Default: equal parts.
+        rule: in place of a budget: from the tokens seen to the entries that each head may hold.
+        stand_ins: whether the mean of what a head has dropped stands for it: one entry more, with the logarithm of
+            the number of those tokens added to its logit. Not in a sliding-window layer, which would not see them.
     """
     query, key, value = query.double(), key.double(), value.double()
     heads, length, dim = query.shape
@@ -125,6 +130,7 @@ def follow(
     assert sum(chunks) == length
 
     held: list[set[int]] = [set() for _ in range(kv_heads)]
+    dropped: list[set[int]] = [set() for _ in range(kv_heads)]
     probability = torch.zeros(heads, length, length, dtype=torch.float64)
     output = torch.zeros_like(query)
     kept = []
@@ -146,6 +152,7 @@ def follow(
         """Drop the lowest-ranked entries, so many that ``room`` more fit the budget."""
         nonlocal parts, parts_of
         limits = [allowed] * kv_heads if parts is None else [part + allowed - parts_of for part in parts]
+        limits = limits if rule is None else rule(seen)
         full = any(len(held[head]) > limit for head, limit in enumerate(limits))
         if share is not None and (full or (parts is not None and room == 0)):
             rank = [ranks(head, allowed, seen, asked) for head in range(kv_heads)]
@@ -158,6 +165,7 @@ def follow(
                 rank = ranks(head, allowed, seen, asked)
                 lowest = sorted(rank, key=lambda p: (rank[p], p))  # of equals the older goes first
                 held[head] -= set(lowest[: len(lowest) - places[head]])
+                dropped[head] |= set(lowest[: len(lowest) - places[head]])
 
     def attend(head: int, n: int, stands: Callable[[int], int]) -> None:
         """Let the query of token ``n`` attend to what the head holds."""
@@ -165,9 +173,16 @@ def follow(
         keys = key[head, visible]
         if place is not None and frequencies is not None:
             keys = turned(keys, [stands(p) - p for p in visible], frequencies)
-        share = (scaling * query[sharing(head), n] @ keys.T).softmax(dim=-1)
-        output[sharing(head), n] = share @ value[head, visible]
-        probability[sharing(head), n, visible] = share
+        values = value[head, visible]
+        number_of = torch.ones(len(visible), dtype=torch.float64)
+        if stand_ins and dropped[head] and window is None:
+            gone = sorted(dropped[head])
+            keys = torch.cat([keys, key[head, gone].mean(dim=0, keepdim=True)])
+            values = torch.cat([values, value[head, gone].mean(dim=0, keepdim=True)])
+            number_of = torch.cat([number_of, torch.tensor([float(len(gone))])])
+        share = (scaling * query[sharing(head), n] @ keys.T + number_of.log()).softmax(dim=-1)
+        output[sharing(head), n] = share @ values
+        probability[sharing(head), n, visible] = share[:, : len(visible)]
 
     start = turn = 0
     for count in chunks:
