@@ -208,3 +208,21 @@ def test_compiled_blocks_and_fast_linear_maps_agree_with_plain_ones():
         assert (captured - plain).norm() / plain.norm() < 0.02
         assert (fused - plain).norm() / plain.norm() < 0.02
     assert "forward" not in vars(model.model.layers[0]) and "forward" not in vars(model.model.layers[0].mlp.up_proj)
+
+
+def test_ragged_heads_decode_as_they_do_on_the_cpu():
+    import vestige
+
+    model = llama(torch.float32)
+    prompt = torch.randint(1, 512, (2, 300), device=CUDA)
+    inner = vestige.method("snapkv", budget=96)
+    policy = vestige.method("adaptive", policy=inner)
+    logits = {}
+    for device in ("cpu", CUDA):
+        model.to(device)
+        with torch.no_grad(), policy.attach(model) as kept:
+            cache = model(prompt.to(device), use_cache=True).past_key_values
+            steps = [model(input_ids=prompt[:, :1].to(device), past_key_values=cache).logits.cpu() for _ in range(8)]
+            logits[device] = torch.cat(steps, 1)
+            assert len({len(p[p >= 0]) for p in kept.positions(0).flatten(0, 1)}) > 1  # unequal heads
+    assert (logits["cpu"] - logits[CUDA]).norm() / logits["cpu"].norm() < 1e-3

@@ -432,8 +432,15 @@ class _Whole(KeptLayer):
 def attend_ragged(
     module: torch.nn.Module, look: Look, layer: RaggedLayer, policy: CachePolicy, step: Step
 ) -> Float[Tensor, "rows 1 heads dim"]:
-    """One token per row over a ragged layer: heads with segments of one size together, without copying them."""
+    """One token per row over a ragged layer: heads with segments of one size together, without copying them.
+
+    On CUDA one kernel reads all segments as they lie, unless the policy wants to see the weights or the model's
+    attention is of a kind that it does not know.
+    """
     rows, heads, _, dim = look.query.shape
+    plain = look.softcap is None and look.window is None and not policy.needs_attention
+    if look.query.is_cuda and plain and look.query.dtype != torch.float64 and StandIn.of(policy, layer, look) is None:
+        return _attend_flat(look, layer)
     group = heads // layer.kv_heads
     query = look.query.reshape(rows * layer.kv_heads, group, dim)[layer.order]
     oldest = None if look.window is None else (step.rows(layer.device) - look.window)
@@ -475,6 +482,24 @@ def attend_ragged(
         policy.receive(entries, received, step)
         entries.commit()
     return torch.cat(outputs)[layer.inverse].reshape(rows, 1, heads, -1)
+
+
+def _attend_flat(look: Look, layer: RaggedLayer) -> Float[Tensor, "rows 1 heads dim"]:
+    from vestige.layers.ops.decode_triton import APPEND, SlotTable, attend_slots
+
+    table = SlotTable(
+        keys=layer.keys,
+        values=layer.values,
+        positions=layer.positions,
+        mass=None,
+        offset=layer.offsets,
+        length=layer.lengths,
+        target=layer.lengths,
+        rows=layer.rows,
+        kv_heads=layer.kv_heads,
+        capacity=max(layer.segments.sizes),
+    )
+    return attend_slots(table, look.query, layer.lengths, scaling=look.scaling, mode=APPEND)
 
 
 def _attend_group(
