@@ -153,3 +153,15 @@ def test_contexts_of_different_lengths_are_refused(tokenizer):
     prompts = [Needle(length=length).build(tokenizer) for length in (300, 301)]
     with pytest.raises(InputError, match="lengths"):
         context_batch(prompts)
+
+
+def test_distractors_are_other_facts_of_the_same_kind(tokenizer):
+    plain = Needle(length=400, seed=3).build(tokenizer)
+    lured = Needle(length=400, seed=3, distractors=4).build(tokenizer)
+    text = tokenizer.decode(lured.context_ids)
+    assert len(lured.context_ids) == 400 and lured.answer == plain.answer
+    assert text.count("The pass key for the") == 5 and tokenizer.decode(plain.context_ids).count("The pass key") == 1
+    first, last = lured.answer_span
+    assert lured.answer in tokenizer.decode(lured.context_ids[first:last])
+    with pytest.raises(SpecError, match="distractors"):
+        Needle(distractors=-1)

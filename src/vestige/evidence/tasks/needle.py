@@ -56,6 +56,7 @@ class Needle:
             end of a sentence.
         seed: chooses the text and the fact.
         answer: ``"number"``, five different digits, or ``"words"``, four different words.
+        distractors: facts of the same kind for other keys, at random places of the text (a multi-key needle).
         haystack: ``"grammar"``, or ``"file:PATH"``; see :mod:`vestige.evidence.tasks.haystack`.
 
     Raises:
@@ -70,6 +71,7 @@ class Needle:
     depth: float = 0.5
     seed: int = 0
     answer: Literal["number", "words"] = "number"
+    distractors: int = 0
     haystack: str = GRAMMAR
 
     def __post_init__(self) -> None:
@@ -81,6 +83,11 @@ class Needle:
             raise SpecError(f"needle: parameter 'seed' is {self.seed!r}; allowed: int")
         if self.answer not in _FORMS:
             raise SpecError(f"needle: parameter 'answer' is {self.answer!r}; allowed: {' | '.join(map(repr, _FORMS))}")
+        places = len(vocabulary()["places"])
+        if type(self.distractors) is not int or not 0 <= self.distractors < places:
+            raise SpecError(
+                f"needle: parameter 'distractors' is {self.distractors!r}; allowed: int from 0 to {places - 1}"
+            )
         check_source(self.haystack)
 
     @property
@@ -112,12 +119,17 @@ class Needle:
         lead = _ids(tokenizer, f" {said}")
         secret = _continuation(tokenizer, f" {said}", hidden)
         needle = [*lead, *secret, *_continuation(tokenizer, f" {said}{hidden}", form.end)]
-        room = self.length - len(head) - len(needle)
+        others = chance.sample([place for place in vocabulary()["places"] if place != key], self.distractors)
+        facts = [f" {form.said.format(key=other)}{form.hidden.format(answer=self._draw(chance))}" for other in others]
+        lures = [_ids(tokenizer, f"{fact}{form.end}") for fact in facts]
+        room = self.length - len(head) - len(needle) - sum(map(len, lures))
         if room < 0:
             raise InputError(
                 f"needle: length {self.length} is too short; this model needs at least {self.length - room}"
             )
         filler = _fill(tokenizer, sentences(self.haystack, self.seed), room)
+        for lure in lures:
+            filler.insert(chance.randint(0, len(filler)), lure)
         before, after = _split(filler, self.depth)
         first = len(head) + len(before) + len(lead)
         return NeedlePrompt(
