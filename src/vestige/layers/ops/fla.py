@@ -1,2 +1,108 @@
-def fla_recurrence(*a, **k):
-    return None
+"""The recurrence by the kernels of flash-linear-attention, where they are installed and do it well.
+
+One place decides whether they serve, and it decides from what is known beforehand: an error in the middle of a
+backward pass would come too late. Where they do not, :func:`vestige.layers.ops.recurrence.chunked` does.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import warnings
+from collections.abc import Callable
+from importlib import metadata
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from vestige.layers.ops.recurrence import Drive
+
+__all__ = ["fla_recurrence", "serves"]
+
+WIDEST_KEY = 256
+# Versions of triton with which the kernels refuse, on Hopper, the backward pass of a scalar decay given per token:
+# its result would be wrong.
+REFUSED_TRITON = ((3, 4, 0), (3, 7, 1))
+
+
+def fla_recurrence(
+    drive: Drive,
+    state: Tensor | None,
+    *,
+    starts: Bool[Tensor, "batch length"] | None = None,
+    cu_seqlens: Int[Tensor, " sequences+1"] | None = None,
+) -> tuple[Tensor, Tensor] | None:
+    """As :func:`vestige.layers.ops.recurrence.recurrence`; ``None`` where the kernels do not serve."""
+    packed = starts is not None
+    if not serves(drive) or (packed and (cu_seqlens is None or state is not None)):
+        return None
+    from vestige.layers.ops.recurrence import FAINTEST
+
+    heads = drive.v.shape[2]
+    kind = drive.v.dtype
+    q, k = (t.to(kind).repeat_interleave(heads // t.shape[2], 2).contiguous() for t in (drive.q, drive.k))
+    call: dict[str, Any] = {"q": q, "k": k, "v": drive.v.contiguous(), "scale": drive.scale, "initial_state": state}
+    decay = None if drive.decay is None else drive.decay.float().clamp_min(FAINTEST)
+    if drive.beta is None:
+        if decay is not None and decay.dim() == 4:
+            name, call["g"] = "gla.chunk_gla", decay
+        else:
+            name = "simple_gla.chunk_simple_gla"
+            if decay is not None:
+                call["g_gamma" if decay.dim() == 1 else "g"] = decay
+    else:
+        name, call["beta"] = "delta_rule.chunk_delta_rule", drive.beta.to(kind)
+        if decay is not None:
+            name, call["g"] = "gated_delta_rule.chunk_gated_delta_rule", decay.expand(drive.v.shape[:3]).contiguous()
+    out, state = _kernel(name)(**call, output_final_state=True, cu_seqlens=cu_seqlens if packed else None)
+    return out.to(kind), state[-1:] if packed else state
+
+
+def serves(drive: Drive) -> bool:
+    """Whether the kernels take this: on CUDA, in half precision, and with a backward pass where one is due."""
+    if not drive.v.is_cuda or drive.v.dtype not in (torch.float16, torch.bfloat16) or not _installed():
+        return False
+    channelwise = drive.decay is not None and drive.decay.dim() == 4
+    if drive.k.shape[-1] > WIDEST_KEY or (channelwise and drive.beta is not None):
+        return False
+    by_token = drive.decay is not None and (drive.decay.dim() == 3 or drive.beta is not None)
+    return not (by_token and _differentiated(drive) and _refused(drive.v.device))
+
+
+def _differentiated(drive: Drive) -> bool:
+    tensors = (drive.q, drive.k, drive.v, drive.decay, drive.beta)
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+@functools.cache
+def _installed() -> bool:
+    if importlib.util.find_spec("fla") is None:
+        return False
+    try:
+        _kernel("gla.chunk_gla")
+    except Exception as error:  # another version, a broken triton: our own path serves
+        warnings.warn(f"flash-linear-attention is installed but does not load: {error}", stacklevel=2)
+        return False
+    return True
+
+
+@functools.cache
+def _kernel(name: str) -> Callable[..., tuple[Tensor, Tensor]]:
+    package, _, function = name.partition(".")
+    return getattr(importlib.import_module(f"fla.ops.{package}"), function)
+
+
+@functools.cache
+def _refused(device: torch.device) -> bool:
+    hopper = torch.cuda.get_device_capability(device)[0] == 9
+    lowest, beyond = REFUSED_TRITON
+    return hopper and lowest <= _triton() < beyond
+
+
+def _triton() -> tuple[int, ...]:
+    from packaging.version import Version
+
+    return Version(metadata.version("triton")).release

@@ -159,8 +159,9 @@ def chunked(
         seen = None
         if drive.beta is not None:
             beta = _fold(drive.beta.to(kind)[..., None], chunk)
-            overlap = beta * decayed_scores(k, k, log_decay) * reach.within
-            v, seen = _solve(overlap.tril(-1), beta * v, beta * k * reach.into)
+            overlap = beta * decayed_scores(k, k, log_decay) * reach.within  # only what is below the diagonal counts
+            solved = _inverse(overlap) * beta.mT
+            v, seen = solved @ v, solved @ (k * reach.into)
         if state is None:
             state = v.new_zeros(batch, heads, k.shape[-1], values)
         before, written = [], []
@@ -250,11 +251,10 @@ def _faded(state: Tensor, across: Tensor | None, n: int) -> Tensor:
     return state if across is None else state * across[:, :, n, :, None]
 
 
-def _solve(overlap: Tensor, *sides: Tensor) -> list[Tensor]:
-    """Solve :math:`(I + L) X = B` for strictly lower triangular L, for several B side by side."""
-    widths = [side.shape[-1] for side in sides]
-    solved = torch.linalg.solve_triangular(overlap, torch.cat(sides, -1), upper=False, unitriangular=True)
-    return list(solved.split(widths, -1))
+def _inverse(overlap: Tensor) -> Tensor:
+    """The inverse of the identity plus the part of a matrix below the diagonal."""
+    eye = torch.eye(overlap.shape[-1], dtype=overlap.dtype, device=overlap.device).expand_as(overlap)
+    return torch.linalg.solve_triangular(overlap, eye, upper=False, unitriangular=True)
 
 
 def _token(drive: Drive) -> dict[str, Tensor | None]:
@@ -278,7 +278,7 @@ def _fold(tensor: Tensor, chunk: int) -> Tensor:
     """``(batch, length, heads, dim)`` as ``(batch, heads, chunks, chunk, dim)``; the rest is filled up with zeros."""
     missing = -tensor.shape[1] % chunk
     tensor = F.pad(tensor, (0, 0, 0, 0, 0, missing)) if missing else tensor
-    return tensor.unflatten(1, (-1, chunk)).permute(0, 3, 1, 2, 4)
+    return tensor.unflatten(1, (-1, chunk)).permute(0, 3, 1, 2, 4).contiguous()
 
 
 def _no_autocast(tensor: Tensor) -> torch.autocast:

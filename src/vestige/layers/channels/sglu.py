@@ -1,0 +1,42 @@
+"""TransNormerLLM's feed-forward layer."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from vestige.core.method import Paper, Verdict, param
+from vestige.layers.channels.base import Channel
+from vestige.layers.channels.swiglu import gated_width
+from vestige.layers.place import Place
+
+__all__ = ["SGLU", "SGLULayer"]
+
+
+class SGLULayer(nn.Module):
+    """``down(value(x) * gate(x))``."""
+
+    def __init__(self, channel: SGLU, place: Place) -> None:
+        super().__init__()
+        width = channel.width or place.intermediate_size or gated_width(place.hidden_size)
+        self.gate_proj = nn.Linear(place.hidden_size, width, bias=False)
+        self.up_proj = nn.Linear(place.hidden_size, width, bias=False)
+        self.down_proj = nn.Linear(width, place.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(self.gate_proj(x) * self.up_proj(x))
+
+
+class SGLU(Channel):
+    """A gated feed-forward layer without an activation: the gate is nonlinear enough."""
+
+    name = "sglu"
+    paper = Paper(
+        title="TransNormerLLM: A Faster and Better Large Language Model with Improved TransNormer",
+        year=2023,
+        arxiv="2307.14995",
+        equations="section 3.2.3",
+    )
+    verdict = Verdict("not yet checked", "")
+    layer = SGLULayer
+
+    width: int | None = param(None, "inner width; default: the model's, or 8/3 of the hidden size", ge=1)

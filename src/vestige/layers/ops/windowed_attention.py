@@ -1,0 +1,73 @@
+"""Causal softmax attention within a sliding window, in time and memory linear in the length."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.nn import functional as F
+
+__all__ = ["windowed_attention"]
+
+LEAST_BLOCK = 64  # queries that are worked on together at least: shorter blocks would be all overhead
+
+
+def windowed_attention(
+    query: Float[Tensor, "batch heads length dim"],
+    key: Float[Tensor, "batch kv held dim"],
+    value: Float[Tensor, "batch kv held width"],
+    *,
+    window: int,
+    scaling: float,
+    valid: Bool[Tensor, "batch held"] | None = None,
+    sequence: Int[Tensor, "batch held"] | None = None,
+) -> Float[Tensor, "batch heads length width"]:
+    """Each query attends to the last ``window`` keys, its own included.
+
+    The queries stand at the last ``length`` of the ``held`` keys. They are cut into blocks, each of which sees the
+    keys of its own and of the window before it; torch's ``scaled_dot_product_attention`` does the rest.
+
+    Args:
+        valid: keys that exist; a query always sees its own.
+        sequence: number of the packed sequence of each key; none attends into another.
+    """
+    length, held = query.shape[2], key.shape[2]
+    block = max(window, LEAST_BLOCK)
+    past = held - length
+    if length <= block:
+        block, blocks, before = length, 1, past
+    else:
+        blocks, before = -(-length // block), window - 1
+    ends = (before - past, blocks * block - length)  # places to fill up before the first key and after the last
+    span = before + block
+    q = F.pad(query, (0, 0, 0, ends[1])).unflatten(2, (blocks, block))
+    k, v = (F.pad(t, (0, 0, *ends)).unfold(2, span, block).mT for t in (key, value))
+    place = torch.arange(span, device=query.device)
+    behind = place[None, :] - before - torch.arange(block, device=query.device)[:, None]
+    seen = ((behind <= 0) & (behind > -window))[None, None]
+    if valid is not None or ends != (0, 0):
+        exists = torch.ones(1, held, dtype=torch.bool, device=query.device) if valid is None else valid
+        seen = seen & F.pad(exists, ends).unfold(1, span, block)[:, :, None, :]
+    if sequence is not None:
+        number = F.pad(sequence, ends, value=-1).unfold(1, span, block)
+        seen = seen & (number[:, :, None, :] == number[:, :, before:, None])
+    out = _attend(q, k, v, seen | (behind == 0), scaling)
+    return out.flatten(2, 3)[:, :, :length]
+
+
+def _attend(
+    q: Float[Tensor, "batch heads blocks block dim"],
+    k: Float[Tensor, "batch kv blocks span dim"],
+    v: Float[Tensor, "batch kv blocks span width"],
+    seen: Bool[Tensor, "#batch #blocks block span"],
+    scaling: float,
+) -> Float[Tensor, "batch heads blocks block width"]:
+    """Attention of every block. The query heads of a group stand behind one another, so keys are not repeated."""
+    batch, heads, blocks, block, _ = q.shape
+    kv_heads = k.shape[1]
+    group = heads // kv_heads
+    rows = q.unflatten(1, (kv_heads, group)).permute(0, 3, 1, 2, 4, 5).flatten(0, 1).flatten(2, 3)
+    k, v = (t.transpose(1, 2).flatten(0, 1) for t in (k, v))
+    mask = seen.repeat(1, 1, group, 1).expand(batch, blocks, -1, -1).flatten(0, 1)[:, None]
+    out = F.scaled_dot_product_attention(rows, k, v, attn_mask=mask, scale=scaling)
+    return out.unflatten(2, (group, block)).unflatten(0, (batch, blocks)).permute(0, 2, 3, 1, 4, 5).flatten(1, 2)

@@ -1,0 +1,126 @@
+"""Attention within a window, the layout of tokens, rotary positions, short convolutions."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+
+from vestige.errors import InputError
+from vestige.layers.layout import Layout, positions_of, starts_of
+from vestige.layers.ops import windowed_attention as module
+from vestige.layers.ops.windowed_attention import windowed_attention
+from vestige.layers.parts import ShortConvolution, rotate, unit
+
+
+@pytest.fixture(autouse=True)
+def short_blocks(monkeypatch):
+    """So that a few dozen queries make several blocks."""
+    monkeypatch.setattr(module, "LEAST_BLOCK", 4)
+
+
+def written_out(q, k, v, window, scaling, valid=None, sequence=None):
+    group = q.shape[1] // k.shape[1]
+    k, v = (t.repeat_interleave(group, 1) for t in (k, v))
+    length, held = q.shape[2], k.shape[2]
+    gap = torch.arange(held)[None, :] - torch.arange(held - length, held)[:, None]
+    seen = ((gap <= 0) & (gap > -window))[None, None]
+    if valid is not None:
+        seen = seen & valid[:, None, None]
+    if sequence is not None:
+        seen = seen & (sequence[:, None, -length:, None] == sequence[:, None, None])
+    seen = seen | (gap == 0)
+    return (scaling * q @ k.mT).masked_fill(~seen, -torch.inf).softmax(-1) @ v
+
+
+@pytest.mark.parametrize("window", [1, 3, 8, 40])
+@pytest.mark.parametrize(("length", "past"), [(1, 0), (1, 6), (5, 2), (23, 0), (23, 7), (24, 0)])
+def test_blocks_are_one_masked_softmax(window, length, past):
+    torch.manual_seed(0)
+    q = torch.randn(2, 6, length, 4, dtype=torch.float64)
+    k, v = (torch.randn(2, 2, past + length, 4, dtype=torch.float64) for _ in range(2))
+    valid = torch.ones(2, past + length, dtype=torch.bool)
+    valid[0, : (past + length) // 3] = False
+    for mask in (None, valid):
+        mine = windowed_attention(q, k, v, window=window, scaling=0.7, valid=mask)
+        torch.testing.assert_close(mine, written_out(q, k, v, window, 0.7, mask), atol=1e-12, rtol=0)
+
+
+def test_no_window_reaches_into_another_sequence():
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 2, 21, 4, dtype=torch.float64) for _ in range(3))
+    sequence = starts_of(torch.tensor([0, 5, 6, 16, 21]), 21).cumsum(1)
+    mine = windowed_attention(q, k, v, window=4, scaling=1.0, sequence=sequence)
+    torch.testing.assert_close(mine, written_out(q, k, v, 4, 1.0, sequence=sequence), atol=1e-12, rtol=0)
+
+
+def test_positions_begin_anew():
+    starts = starts_of(torch.tensor([0, 3, 4, 9]), 9)
+    assert positions_of(starts).tolist() == [[0, 1, 2, 0, 0, 1, 2, 3, 4]]
+
+
+def test_layout_by_hand():
+    held = torch.ones(2, 9, dtype=torch.bool)
+    held[1, :4] = False
+    layout = Layout.of(2, 3, past=6, held=held)
+    assert layout.positions.tolist() == [[6, 7, 8], [2, 3, 4]]
+    assert layout.mask.shape == (2, 1, 3, 9)
+    assert layout.mask[1, 0].tolist() == [[False] * 4 + [True] * n + [False] * (5 - n) for n in (3, 4, 5)]
+    assert Layout.of(2, 3).mask is None and Layout.of(2, 1, past=5).mask is None
+    blanked = Layout.of(2, 9, held=held).blank(torch.ones(2, 9, 2), -1.0)
+    assert blanked[:, :, 0].sum(1).tolist() == [9, 5 - 4]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"held": torch.ones(2, 4, dtype=torch.bool)}, "held"),
+        ({"cu_seqlens": torch.tensor([0, 3])}, "one row"),
+    ],
+)
+def test_a_layout_that_cannot_be_is_refused(options, words):
+    with pytest.raises(InputError, match=words):
+        Layout.of(2, 3, **options)
+
+
+@pytest.mark.parametrize("ends", [[0, 2], [1, 3], [0, 2, 2, 3], [0, 4], [3]])
+def test_wrong_boundaries_are_refused(ends):
+    with pytest.raises(InputError, match="cu_seqlens"):
+        Layout.of(1, 3, cu_seqlens=torch.tensor(ends))
+
+
+def test_rotation_depends_on_distance_alone():
+    torch.manual_seed(0)
+    q, k = (torch.randn(1, 1, 1, 8, dtype=torch.float64).expand(1, 30, 1, 8) for _ in range(2))
+    layout = Layout.of(1, 30)
+    products = rotate(q, layout, 100.0)[0, :, 0] @ rotate(k, layout, 100.0)[0, :, 0].T
+    for distance in range(5):
+        diagonal = products.diagonal(-distance)
+        torch.testing.assert_close(diagonal, diagonal[:1].expand_as(diagonal))
+    assert not torch.allclose(products[5, 5], products[5, 2])
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_convolution_in_pieces_and_packed(packed):
+    torch.manual_seed(0)
+    conv = ShortConvolution(3, 4, bias=True).double()
+    conv.draw()
+    x = torch.randn(1, 14, 3, dtype=torch.float64)
+    ends = [0, 2, 9, 14]
+    whole = torch.cat([conv(x[:, a:b], Layout.of(1, b - a), {}) for a, b in pairwise(ends)], 1)
+    if packed:
+        layout = Layout.of(1, 14, cu_seqlens=torch.tensor(ends))
+        torch.testing.assert_close(conv(x, layout, {}), whole)
+    else:
+        memory = {}
+        pieces = [conv(x[:, a:b], Layout.of(1, b - a), memory) for a, b in pairwise(ends)]
+        torch.testing.assert_close(torch.cat(pieces, 1), conv(x, Layout.of(1, 14), {}))
+        assert memory["conv"].shape == (1, 3, 3)
+        assert not torch.allclose(torch.cat(pieces, 1), whole)
+
+
+def test_unit_vectors_of_nothing_are_nothing():
+    x = torch.zeros(2, 3, dtype=torch.bfloat16, requires_grad=True)
+    unit(x).sum().backward()
+    assert unit(x).eq(0).all() and x.grad.isfinite().all()

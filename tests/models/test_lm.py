@@ -1,0 +1,226 @@
+"""One model for all mixers: trained, saved, loaded, generated with; packed, padded, checkpointed, compiled."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from vestige.errors import InputError, SpecError
+from vestige.layers.mixers import Mixer
+from vestige.models import VestigeConfig, VestigeLM, VestigeState
+from vestige.models.blocks import RESIDUALS, names_of
+
+MIXERS = names_of(Mixer)
+SMALL = {"mamba2": "mamba2(head_dim=8, state=8)", "sliding-window": "sliding-window(window=8)"}
+HYBRID = "gated-delta-net gla softmax sliding-window(window=4)"
+
+
+def build(blocks=HYBRID, seed=0, **options):
+    torch.manual_seed(seed)
+    sizes = {"vocab_size": 41, "hidden_size": 32, "num_attention_heads": 2, "max_position_embeddings": 128}
+    config = VestigeConfig(blocks=blocks, initializer_range=0.15, **{**sizes, **options})
+    return VestigeLM(config).eval()
+
+
+def tokens(batch=2, length=19, seed=1):
+    return torch.randint(2, 41, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_train_save_reload_generate(name, tmp_path):
+    """Fifty steps on sequences that repeat themselves bring the loss down; what is reloaded goes on the same."""
+    model = build(SMALL.get(name, name), num_hidden_layers=2).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    phrase = tokens(4, 6)
+    losses = []
+    for _ in range(50):
+        text = phrase.repeat(1, 4)
+        loss = model(text, labels=text).loss
+        optimizer.zero_grad()
+        loss.backward()
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+        optimizer.step()
+        losses.append(float(loss))
+    assert losses[-1] < 0.5 * losses[0]
+    model.eval().save_pretrained(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir() if "model" in p.name) == ["model.safetensors"]
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(again) is VestigeLM and again.lm_head.weight is again.model.embed_tokens.weight
+    for key, weight in model.state_dict().items():
+        assert torch.equal(weight, again.state_dict()[key]), key
+    prompt = phrase.repeat(1, 2)
+    written = model.generate(prompt, max_new_tokens=6, do_sample=False)
+    assert torch.equal(written, again.generate(prompt, max_new_tokens=6, do_sample=False))
+    assert float((written[:, 12:] == phrase).float().mean()) > 0.8
+
+
+def test_registered_with_transformers():
+    config = AutoConfig.for_model("vestige", blocks="gla", hidden_size=32)
+    assert isinstance(AutoModelForCausalLM.from_config(config), VestigeLM)
+
+
+@pytest.mark.parametrize("residual", RESIDUALS)
+@pytest.mark.parametrize("channel", ["swiglu", "mlp", "sglu", None])
+@pytest.mark.parametrize("norm", ["rmsnorm", "layernorm", "simple-rmsnorm"])
+def test_every_rule_norm_and_channel_mixer_trains(residual, channel, norm):
+    model = build("gla*2", residual=residual, channel=channel, norm=norm)
+    model(tokens(), labels=tokens()).loss.backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+
+
+@torch.no_grad()
+def test_packed_rows_are_as_alone():
+    model = build().double()
+    text, ends = tokens(1, 21), torch.tensor([0, 8, 9, 21])
+    alone = torch.cat([model(text[:, a:b]).logits for a, b in ((0, 8), (8, 9), (9, 21))], 1)
+    places = torch.cat([torch.arange(8), torch.arange(1), torch.arange(12)])[None]
+    for form in ({"cu_seqlens": ends}, {"cu_seq_lens_q": ends}, {"position_ids": places}):
+        read = model(text, **form)
+        torch.testing.assert_close(read.logits, alone, atol=1e-10, rtol=0)
+        assert read.past_key_values is None
+    assert not torch.allclose(model(text).logits, alone)
+
+
+def test_no_packed_sequence_predicts_the_next_ones_first_token():
+    model = build().double()
+    text, ends = tokens(1, 21), torch.tensor([0, 8, 21])
+    losses = [model(part, labels=part).loss for part in (text[:, :8], text[:, 8:])]
+    packed = model(text, labels=text, cu_seqlens=ends).loss
+    torch.testing.assert_close(packed, (7 * losses[0] + 12 * losses[1]) / 19)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("implementation", ["eager", "sdpa", pytest.param("flex_attention", marks=pytest.mark.slow)])
+def test_attention_implementations_agree(implementation):
+    model = build(num_key_value_heads=1).float()
+    text, mask = tokens(2, 19), torch.ones(2, 19, dtype=torch.long)
+    mask[0, :5] = 0
+    due = model(text, attention_mask=mask, use_cache=False).logits
+    model.set_attn_implementation(implementation)
+    seen = model(text, attention_mask=mask, use_cache=False).logits
+    torch.testing.assert_close(seen[mask.bool()], due[mask.bool()], atol=2e-5, rtol=1e-4)
+
+
+def test_generation_with_padding_beams_and_without_a_cache():
+    model = build()
+    alone = tokens(1, 7)
+    text = torch.cat([torch.cat([torch.zeros(1, 5, dtype=torch.long), alone], 1), tokens(1, 12)])
+    mask = torch.ones_like(text)
+    mask[0, :5] = 0
+    options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    written = model.generate(text, attention_mask=mask, **options)
+    assert torch.equal(written[:1, 12:], model.generate(alone, **options)[:, 7:])
+    for beams in (1, 3):
+        cached = model.generate(text, attention_mask=mask, num_beams=beams, **options)
+        plain = model.generate(text, attention_mask=mask, num_beams=beams, use_cache=False, **options)
+        assert torch.equal(cached, plain)
+    with pytest.raises(SpecError, match="cache_implementation is 'static'"):
+        model.generate(alone, cache_implementation="static", **options)
+
+
+def test_generation_goes_on_from_a_state():
+    model = build()
+    text = tokens(1, 12)
+    options = {"max_new_tokens": 6, "do_sample": False}
+    state = model.new_state()
+    with torch.no_grad():
+        model(text[:, :8], past_key_values=state)
+    assert torch.equal(model.generate(text, past_key_values=state, **options), model.generate(text, **options))
+
+
+def test_checkpointing_changes_no_gradient():
+    model = build().double().train()
+    model(tokens(), labels=tokens()).loss.backward()
+    due = {name: p.grad for name, p in model.named_parameters()}
+    model.zero_grad(set_to_none=True)
+    model.gradient_checkpointing_enable()
+    model(tokens(), labels=tokens()).loss.backward()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.grad, due[name], msg=name)
+    with pytest.raises(InputError, match="checkpointing"):
+        model(tokens(), past_key_values=model.new_state())
+
+
+def test_gradients_flow_over_segments():
+    """What a later segment loses is felt by an earlier one, unless the state is detached."""
+    model = build("gated-delta-net").double()
+    first, second = tokens(1, 9), tokens(1, 7, seed=2)
+    for detached in (False, True):
+        embedded = model.model.embed_tokens(first).detach().requires_grad_()
+        state = model.new_state()
+        model(inputs_embeds=embedded, past_key_values=state)
+        if detached:
+            state.detach()
+        model(second, labels=second, past_key_values=state).loss.backward()
+        assert (embedded.grad is None) == detached
+
+
+def test_compiled_in_one_graph():
+    model = build("gated-delta-net gla softmax")
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    loss = compiled(tokens(), labels=tokens(), use_cache=False).loss
+    torch.testing.assert_close(loss, model(tokens(), labels=tokens()).loss)
+    loss.backward()
+
+
+def test_hidden_states_and_kept_logits():
+    model = build("gla*3")
+    read = model(tokens(), output_hidden_states=True, logits_to_keep=2)
+    assert len(read.hidden_states) == 4 and read.logits.shape == (2, 2, 41)
+    torch.testing.assert_close(read.logits, model(tokens()).logits[:, -2:])
+
+
+@torch.no_grad()
+def test_a_state_is_saved_loaded_forked_reset(tmp_path):
+    model = build()
+    state = model.new_state()
+    assert state.nbytes == 0 and state.batch_size == -1
+    model(tokens(), past_key_values=state)
+    state.save(tmp_path / "state.safetensors")
+    assert [p.name for p in tmp_path.iterdir()] == ["state.safetensors"]
+    loaded, fork = VestigeState.load(tmp_path / "state.safetensors", model.config), state.fork()
+    assert loaded.nbytes == fork.nbytes == state.nbytes == sum(state.nbytes_by_layer) > 0
+    more = tokens(2, 5, seed=3)
+    due = model(more, past_key_values=state).logits
+    for other in (loaded, fork):
+        assert other.seen == 19
+        assert torch.equal(model(more, past_key_values=other).logits, due)
+    state.reset()
+    assert state.seen == 0 and state.nbytes == 0
+    assert torch.equal(model(more, past_key_values=state).logits, model(more).logits)
+
+
+def test_what_does_not_fit_is_refused(tmp_path):
+    model, other = build(), build("gla*4")
+    state = other.new_state()
+    other(tokens(), past_key_values=state)
+    state.save(tmp_path / "other.safetensors")
+    with pytest.raises(InputError, match="other blocks or sizes"):
+        model(tokens(), past_key_values=state)
+    with pytest.raises(InputError, match="other blocks or sizes"):
+        VestigeState.load(tmp_path / "other.safetensors", model.config)
+    with pytest.raises(InputError, match="no state can be read"):
+        VestigeState.load(tmp_path / "absent.safetensors", model.config)
+    model.save_pretrained(tmp_path / "model")
+    with pytest.raises(InputError, match="holds no state"):
+        VestigeState.load(tmp_path / "model" / "model.safetensors", model.config)
+    from transformers import DynamicCache
+
+    refused = [
+        ({"past_key_values": DynamicCache()}, "DynamicCache"),
+        ({"attention_mask": torch.ones(2, 7)}, "attention_mask"),
+        ({"cu_seqlens": torch.tensor([0, 19])}, "one row"),
+        ({"inputs_embeds": torch.zeros(2, 19, 32)}, "either"),
+    ]
+    for options, words in refused:
+        with pytest.raises(InputError, match=words):
+            model(tokens(), **options)
+    with pytest.raises(InputError, match="leave no state"):
+        model(tokens(1), cu_seqlens=torch.tensor([0, 9, 19]), past_key_values=model.new_state())
+    filled = model.new_state()
+    model(tokens(), past_key_values=filled)
+    with pytest.raises(InputError, match="holds 2 rows"):
+        model(tokens(3), past_key_values=filled)
+    with pytest.raises(InputError, match="cannot be taken back"):
+        filled.crop(-1)
