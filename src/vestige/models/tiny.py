@@ -17,9 +17,9 @@ from vestige.core.method import did_you_mean
 from vestige.errors import SpecError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-__all__ = ["ARCHITECTURES", "tiny_model"]
+__all__ = ["ARCHITECTURES", "tiny_model", "tiny_tokenizer"]
 
 VOCABULARY, POSITIONS = 97, 256
 
@@ -137,6 +137,21 @@ def tiny_model(
         for name, weight in model.named_parameters():
             _draw(name, weight)
     return model.to(device=device, dtype=dtype).eval()
+
+
+@functools.cache
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per character, for the small models: printable ASCII but for ``~`` and the backtick, and newlines."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    characters = ["\n", *(chr(code) for code in range(32, 126) if chr(code) != "`")]
+    vocabulary = {token: number for number, token in enumerate(["<pad>", "<s>", "</s>", *characters])}
+    assert len(vocabulary) == VOCABULARY
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
 
 
 @torch.no_grad()

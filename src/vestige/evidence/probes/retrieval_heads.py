@@ -29,12 +29,22 @@ __all__ = ["HeadScores", "Probed", "RetrievalHeads", "copied_share", "recalled"]
 
 @dataclass(frozen=True)
 class Probed:
-    """One prompt: its needle, the tokens that the model wrote, whether it found the answer, and each head's share."""
+    """One prompt looked at.
+
+    Attributes:
+        needle: the prompt.
+        said: the tokens that the model wrote.
+        recall: share of the answer's tokens among them.
+        shares: share of the answer's tokens that each head copied.
+        places: position in the prompt that each head looked at most while each token was written; not kept by
+            ledgers.
+    """
 
     needle: Needle
     said: tuple[int, ...]
     recall: float
     shares: Float[np.ndarray, "layers heads"]
+    places: Int[np.ndarray, "steps layers heads"] | None = None
 
 
 @dataclass(frozen=True)
@@ -151,8 +161,9 @@ class RetrievalHeads(Probe):
                 said, attended = _answer(model, tokenizer, some, kept)
             for row, prompt in enumerate(some):
                 words = said[row]
-                shares = copied_share(attended[: len(words), :, row], words, prompt.context_ids, prompt.answer_span)
-                yield Probed(prompt.needle, words, recalled(words, prompt.answer_ids), shares)
+                places = attended[: len(words), :, row]
+                shares = copied_share(places, words, prompt.context_ids, prompt.answer_span)
+                yield Probed(prompt.needle, words, recalled(words, prompt.answer_ids), shares, places)
 
     def causal_check(
         self,

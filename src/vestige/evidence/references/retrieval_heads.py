@@ -15,7 +15,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-__all__ = ["retrieval_score"]
+__all__ = ["SMALL", "retrieval_score"]
+
+# Hyper-parameters with which the probe's prompts fit the small models.
+SMALL = {"lengths": (110,), "depths": (0.2, 0.9), "seeds": (0, 1), "answers": ("number",), "batch": 2}
 
 
 def retrieval_score(

@@ -42,24 +42,25 @@ def retention_curves(table: pd.DataFrame, series: Mapping[str, int] | None = Non
 
     series = series or series_of(table["policy"])
     figure = _figure(400)
-    partial = table[table["policy"] != "full"]
-    ticks = sorted(set(partial["budget"])) or sorted(set(table["budget"]))
-    share = dict(zip(table["budget"], table["budget_share"], strict=True))
-    edges = [np.log2(ticks[0]) - 0.15, np.log2(ticks[-1]) + 0.15]
+    length = float((table["budget"] / table["budget_share"]).max())
+    axis, edges = _budget_axis(table["budget"].min(), length)
+    figure.update_xaxes(**axis, title_text="cache entries kept, of the context")
     for policy, rows in table.groupby("policy", sort=False):
         rows = rows.sort_values("budget")
         number = series[str(policy)]
-        style = {"color": COLOURS[number % 8], "dash": DASHES[number % 8], "width": 2.5}
-        x = list(2 ** np.array(edges)) if policy == "full" else list(rows["budget"])
-        y, low, high = (list(rows[name]) * (2 if policy == "full" else 1) for name in ("found", "low", "high"))
-        counts = [f"{low_:.0%} to {high_:.0%}" for low_, high_ in zip(low, high, strict=True)]
-        if policy != "full":
+        colour = COLOURS[number % len(COLOURS)]
+        line = {"color": colour, "dash": DASHES[number % len(DASHES)], "width": 2.5}
+        x, found, low, high = (list(rows[name]) for name in ("budget", "found", "low", "high"))
+        interval = [f"{a:.0%} to {b:.0%}" for a, b in zip(low, high, strict=True)]
+        if policy == "full":  # what every budget is measured against, so it runs across
+            x, found, interval = list(edges), found * 2, interval * 2
+        else:
             figure.add_trace(
                 go.Scatter(
                     x=[*x, *reversed(x)],
                     y=[*high, *reversed(low)],
                     fill="toself",
-                    fillcolor=_faint(COLOURS[number % 8]),
+                    fillcolor=_faint(colour),
                     mode="none",
                     hoverinfo="skip",
                     showlegend=False,
@@ -70,27 +71,35 @@ def retention_curves(table: pd.DataFrame, series: Mapping[str, int] | None = Non
         figure.add_trace(
             go.Scatter(
                 x=x,
-                y=y,
-                customdata=counts,
-                mode="lines" if policy == "full" or len(x) == 0 else "lines+markers",
+                y=found,
+                customdata=interval,
+                mode="lines" if policy == "full" else "lines+markers",
                 name="full cache" if policy == "full" else str(policy),
-                line=style,
-                marker={"symbol": MARKERS[number % 8], "size": 9, "color": COLOURS[number % 8]},
+                line=line,
+                marker={"symbol": MARKERS[number % len(MARKERS)], "size": 9, "color": colour},
                 legendgroup=policy,
                 hovertemplate=f"<b>{policy}</b><br>%{{x}} entries: %{{y:.0%}} (%{{customdata}})<extra></extra>",
                 meta={"series": number},
             )
         )
-    figure.update_xaxes(
-        type="log",
-        range=[edge * np.log10(2) for edge in edges],
-        tickvals=ticks,
-        ticktext=[f"{tick}<br>{share[tick]:.0%}" for tick in ticks],
-        title_text="cache entries kept (share of context)",
-    )
     figure.update_yaxes(range=[-0.03, 1.05], tickformat=".0%", dtick=0.25, title_text="facts found")
     figure.update_layout(legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0, "xanchor": "left"})
     return figure
+
+
+def _budget_axis(least: float, length: float) -> tuple[dict[str, Any], tuple[float, float]]:
+    """An axis of budgets up to the whole context, and its ends: linear, or by halves where budgets are tiny."""
+    if least >= length / 32:
+        ticks = [length * share for share in (0.25, 0.5, 0.75, 1)]
+        axis: dict[str, Any] = {"type": "linear", "range": [0, 1.02 * length]}
+        edges = (0.0, length)
+    else:
+        halvings = int(np.ceil(np.log2(length / least)))
+        ticks = [length / 2**k for k in range(halvings, -1, -1)][:: max(1, halvings // 5)]
+        edges = (0.9 * least, length)
+        axis = {"type": "log", "range": [float(np.log10(edges[0])), float(np.log10(1.05 * length))]}
+    text = [f"{tick / length:.1%}".replace(".0%", "%") + f"<br>{tick:,.0f}" for tick in ticks]
+    return axis | {"tickvals": ticks, "ticktext": text}, edges
 
 
 def depth_map(cells: pd.DataFrame, policy: str) -> go.Figure:
@@ -169,7 +178,7 @@ def _figure(height: int) -> go.Figure:
         layout={
             "template": go.layout.Template(),
             "height": height,
-            "margin": {"l": 56, "r": 12, "t": 12, "b": 56},
+            "margin": {"l": 56, "r": 20, "t": 12, "b": 56},
             "font": {"family": "system-ui, sans-serif", "size": 13, "color": COLOURS[0]},
             "paper_bgcolor": "#ffffff",
             "plot_bgcolor": "#ffffff",
@@ -182,7 +191,8 @@ def _figure(height: int) -> go.Figure:
         "gridcolor": "#e6eaee",
         "ticks": "",
         "automargin": True,
-        "title": {"standoff": 10},
+        "title": {"standoff": 8, "font": {"size": 13}},
+        "ticklabeloverflow": "allow",
     }
     figure.update_xaxes(**plain)
     figure.update_yaxes(**plain)
