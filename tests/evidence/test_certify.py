@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 
+from vestige.core.ledger import Ledger
 from vestige.core.method import Method, Paper, Verdict, param
 from vestige.core.registry import registry
 from vestige.errors import SpecError
@@ -190,15 +191,18 @@ def test_progress_is_told(family):
     assert tuple(seen) == certificate.outcomes
 
 
-def test_forms(family):
+def test_forms(family, tmp_path):
     base, toy = family
     full_suite(base)
     certificate = certify(toy())
     data = json.loads(certificate.to_json())
     assert data["method"] == toy().spec() and data["holds"] is False
     assert len(data["checks"]) == len(certificate.outcomes)
-    row = json.loads(json.dumps(certificate.row()))
-    assert row["task"] == "certificate" and row["point_reference"] == "failed" and row["checks_failed"] == 1
+    ledger = Ledger(tmp_path / "ledger.jsonl")
+    ledger.append(certificate.row())
+    (row,) = ledger.rows()
+    assert row["task"]["name"] == "certificate" and row["method"] == toy().spec() and row["holds"] is False
+    assert row["points"]["reference"] == "failed" and row["metrics"]["checks failed"] == 1
     from rich.console import Console
 
     console = Console(width=200)

@@ -107,11 +107,13 @@ def build_case(
     chosen = tuple(seeds)
     if len(set(chosen)) < 3 or len(set(chosen)) < len(chosen) or not all(type(seed) is int for seed in chosen):
         raise SpecError(f"parameter 'seeds' is {chosen!r}; allowed: at least three different whole numbers")
-    known = isinstance(name_or_method, Method)
-    cls = type(name_or_method) if known else registry.load(name_or_method)  # type: ignore[arg-type]
-    case = suites_of(cls)[0].case
-    method = name_or_method if known else case.default(cls)
-    return case(method=method, model=model, device=device, seeds=chosen)  # type: ignore[arg-type]
+    if isinstance(name_or_method, Method):
+        method, case = name_or_method, suites_of(type(name_or_method))[0].case
+    else:
+        cls = registry.load(name_or_method)
+        case = suites_of(cls)[0].case
+        method = case.default(cls)
+    return case(method=method, model=model, device=device, seeds=chosen)
 
 
 def perform(check: Check, case: Case) -> Outcome:

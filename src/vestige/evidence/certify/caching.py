@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 
+from vestige.context.plan.windows import HeadWindows
 from vestige.context.policy import CachePolicy
 from vestige.core.anatomy import Anatomy
 from vestige.core.patch import Patch
@@ -27,6 +28,7 @@ __all__ = [
     "differences",
     "feed",
     "held_bytes",
+    "learn",
     "reference_run",
     "snapshot",
     "sorted_positions",
@@ -60,7 +62,7 @@ class CacheCase(Case):
     @functools.cached_property
     def fitted(self) -> CachePolicy:
         """The policy with a budget that binds on short prompts, where it has one that can be set."""
-        given = {name: getattr(self.method, name, None) for name in self.method.parameters()}
+        given: dict[str, Any] = {name: getattr(self.method, name, None) for name in self.method.parameters()}
         changes: dict[str, Any] = {"budget": BUDGET} if "budget" in given else {}
         changes |= getattr(reference_of(self.method.name), "SMALL", {})
         if type(given.get("sinks")) is int and given["sinks"] > SINKS:
@@ -95,8 +97,11 @@ class CacheCase(Case):
             raise NotApplicable("the policy keeps every entry")
 
     def tiny(self, architecture: str, dtype: torch.dtype = torch.float64) -> Any:
-        """A small random model, shared: checks undo what they do to it."""
-        return tiny_model(architecture, dtype, self.device)
+        """A small random model, shared: checks undo what they do to it. What the policy has to learn of it is learnt."""
+        model = tiny_model(architecture, dtype, self.device)
+        if isinstance(self.fitted, HeadWindows) and Anatomy.of(model).causal:
+            learn(self.fitted, tiny_model(architecture, torch.float32, self.device))
+        return model
 
     def tokens(self, batch: int, length: int, seed: int = 0) -> Tensor:
         """``(batch, length)`` random token ids, none of them special."""
@@ -117,6 +122,18 @@ class CacheCase(Case):
     def on_lm(self, **changes: Any) -> CachePolicy:
         """The policy as given, with changes, for a language model."""
         return self.method.replace(**changes)
+
+
+def learn(policy: HeadWindows, model: nn.Module) -> HeadWindows:
+    """What a policy has to know of a small model, learnt as the reference module's ``small_fit`` says."""
+    known = policy.known(Anatomy.of(model))
+    if known is not None:
+        return known
+    given = {
+        name: value for name in policy.parameters() if name not in policy.tables and (value := getattr(policy, name))
+    }
+    how = getattr(reference_of(policy.name), "small_fit", dict)()
+    return type(policy).fit(model, parameters=given, **how).remember()
 
 
 def _changed(policy: CachePolicy, changes: dict[str, Any]) -> CachePolicy:

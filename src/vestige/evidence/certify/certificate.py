@@ -118,9 +118,9 @@ class Certificate:
 
     def row(self) -> dict[str, Any]:
         """One row for :meth:`vestige.core.ledger.Ledger.append`."""
-        counts = {
-            status: sum(o.status == status for o in self.outcomes) for status in ("held", "failed", "not applicable")
-        }
+        counts: dict[Status, int] = {"held": 0, "failed": 0, "not applicable": 0}
+        for outcome in self.outcomes:
+            counts[outcome.status] += 1
         return {
             "method": dict(self.method),
             "model": self.model,
@@ -128,8 +128,8 @@ class Certificate:
             "seed": list(self.seeds),
             "holds": self.holds,
             "complete": self.complete,
-            **{f"checks_{status.replace(' ', '_')}": count for status, count in counts.items()},
-            **{f"point_{point.replace(' ', '_')}": status for point, status in self.points.items()},
+            "points": self.points,
+            "metrics": {f"checks {status}": count for status, count in counts.items()},
             "seconds": self.seconds,
         }
 

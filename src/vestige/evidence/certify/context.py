@@ -86,7 +86,7 @@ def sliding_window_layers_agree(case: CacheCase) -> Seen:
 def each_schedule_agrees(case: CacheCase) -> Seen:
     """The same when entries are dropped after the prompt only, while decoding only, and with a lag."""
     case.require_bounded()
-    forms = {"prefill": {"when": "prefill"}, "decoding": {"when": "decoding"}, "lag of 3": {"lag": 3}}
+    forms: dict[str, Any] = {"prefill": {"when": "prefill"}, "decoding": {"when": "decoding"}, "lag of 3": {"lag": 3}}
     return {
         f"difference, {name}": against_reference(case, case.variant(**form), "llama", CHUNKS)
         for name, form in forms.items()
@@ -97,7 +97,7 @@ def each_schedule_agrees(case: CacheCase) -> Seen:
 def shares_agree(case: CacheCase) -> Seen:
     """The same for budgets and recent windows that are shares, and for none of the recent tokens protected."""
     case.require_bounded()
-    forms = [{"budget": 0.4, "recent": 0.5}, {"budget": 0.25, "recent": 0}, {"budget": BUDGET, "sinks": 0, "recent": 0}]
+    forms: list[Any] = [{"budget": 0.4, "recent": 0.5}, {"budget": 0.25, "recent": 0}, {"sinks": 0, "recent": 0}]
     return {"difference": max(against_reference(case, case.variant(**form), "llama", CHUNKS) for form in forms)}
 
 
@@ -275,7 +275,13 @@ def left_padded_rows_are_as_alone(case: CacheCase) -> Seen:
 def left_padded_rows_have_their_own_shares(case: CacheCase) -> Seen:
     """The same where the budget is a share of each row's own tokens, and under every schedule."""
     case.require_bounded()
-    forms = [{"budget": 0.5}, {"budget": 0.3, "recent": 0.5}, {"when": "decoding"}, {"when": "prefill"}, {"lag": 3}]
+    forms: list[Any] = [
+        {"budget": 0.5},
+        {"budget": 0.3, "recent": 0.5},
+        {"when": "decoding"},
+        {"when": "prefill"},
+        {"lag": 3},
+    ]
     return {"difference": max(compare_rows(case, case.variant(**form), case.tiny("llama"), CHUNKS) for form in forms)}
 
 
@@ -369,7 +375,7 @@ def a_fork_goes_its_own_way(case: CacheCase) -> Seen:
         twin = origin.fork()
         feed(model, case.tokens(1, 5, seed=3), [1] * 5, twin.fork())
         runs = [feed(model, tokens[:, PROMPT:], CHUNKS[1:], cache) for cache in (twin, origin)]
-    return {"difference": agree(*runs, "fork and origin", tolerance=0.0)}
+    return {"difference": agree(runs[0], runs[1], "fork and origin", tolerance=0.0)}
 
 
 @policies.check("invariance")

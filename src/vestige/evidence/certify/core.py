@@ -35,7 +35,7 @@ def the_equations_are_written_down(case: Case) -> Seen:
 def the_spec_round_trips(case: Case) -> Seen:
     """Through its spec, JSON and YAML the method comes back equal."""
     method = case.method
-    forms = {"mapping": method.spec(), "JSON": method.to_json(), "YAML": method.to_yaml()}
+    forms: dict[str, Any] = {"mapping": method.spec(), "JSON": method.to_json(), "YAML": method.to_yaml()}
     for form, spec in forms.items():
         again = Method.from_spec(spec)
         expect(again == method, f"{method!r} came back from {form} as {again!r}")

@@ -169,7 +169,7 @@ def suites_of(cls: type[Method]) -> list[Suite]:
     """The suites that hold for a method class, the most specific first."""
     bases = [base for base in cls.__mro__ if issubclass(base, Method)]
     for base in bases:
-        _import_room(base)
+        _import_room(base)  # type: ignore[arg-type]
     return [suite for base in bases for suite in _suites if suite.family is base]
 
 

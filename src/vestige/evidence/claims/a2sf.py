@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-import vestige
+from vestige.context.evict.h2o import H2O
 from vestige.evidence.certify.caching import CacheCase, feed
 from vestige.evidence.certify.reading import read_on
 from vestige.evidence.certify.suite import Seen, expect
@@ -15,7 +15,7 @@ from vestige.evidence.claims import claim
 def forgetting_keeps_what_will_be_looked_at(case: CacheCase) -> Seen:
     """What is kept receives more of later tokens' attention than under h2o, and predictions mostly stay nearer."""
     mine = read_on(case, case.method)
-    plain = read_on(case, vestige.method("h2o"))
+    plain = read_on(case, H2O())
     seen = {
         "share of attention kept": mine.share.tolist(),
         "by h2o": plain.share.tolist(),
@@ -45,9 +45,9 @@ def without_forgetting_it_is_h2o(case: CacheCase) -> Seen:
     chunks = (26, *[1] * 12)
     for seed in case.seeds:
         runs = []
-        for policy in (case.fitted.replace(forgetting=1.0), vestige.method("h2o", **shared)):
+        for policy in (case.fitted.replace(forgetting=1.0), H2O(**shared)):
             model = case.tiny("llama")
-            with policy.attach(model) as kept:  # type: ignore[attr-defined]
+            with policy.attach(model) as kept:
                 runs.append(feed(model, case.tokens(2, sum(chunks), seed), chunks, kept.new_cache()))
         expect(runs[0].kept == runs[1].kept, f"seed {seed}: other positions are kept")
     return {"steps": len(chunks), "prompts": 2 * len(case.seeds)}
