@@ -30,7 +30,8 @@ __all__ = ["GraphedForward", "SlotStep"]
 
 logger = logging.getLogger(__name__)
 
-ROOM = 1024  # slots by which a cache that drops nothing is made larger than what it holds
+ROOM = 768  # slots, at the least, by which a cache that goes on growing is made larger than what it holds
+UNIT = 256  # its size is a multiple of this many, so that caches of similar size share a graph
 
 
 class SlotStep:
@@ -140,11 +141,11 @@ class GraphedForward:
         first = cache.layers[0]
         batch = first.keys.shape[0]
         for step in self._steps.values():
-            if step.holds(cache) and not (mode == 0 and first.seen + 1 > step.capacity):
+            if step.mode == mode and step.holds(cache) and not (mode == 0 and first.slots == step.capacity):
                 return step
         if mode == 0:
             held = max(layer.slots for layer in cache.layers)
-            capacity = -(-(held + ROOM) // ROOM) * ROOM
+            capacity = -(-(held + ROOM) // UNIT) * UNIT
         else:
             capacity = int(cast("Evict", cache.policy).budget)  # in tokens, or there is no such mode
         key = (batch, capacity, mode, first.keys.dtype)
