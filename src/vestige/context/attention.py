@@ -18,7 +18,8 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from vestige.context.ragged import RaggedLayer, StandIn, attend_ragged
+from vestige.context.ragged import RaggedLayer
+from vestige.context.ragged_attention import StandIn, attend_ragged
 from vestige.errors import UnsupportedModelError
 from vestige.layers.ops.attention_mass import attention_mass, grouped, visible, within
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from vestige.context.attention import Look, attend
 from vestige.context.cache import KeptCache, KeptLayer, Step, budget_tokens, per_row
-from vestige.context.ragged import StandIn
+from vestige.context.ragged_attention import StandIn
 from vestige.context.rotary import Rotary
 from vestige.context.slots import GraphedForward
 from vestige.core.anatomy import Anatomy

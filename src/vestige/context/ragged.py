@@ -21,49 +21,16 @@ import functools
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
 from vestige.context.cache import EMPTY, ROOM, KeptLayer, Step
 from vestige.errors import InputError
 
-if TYPE_CHECKING:
-    from vestige.context.attention import Look
-    from vestige.context.policy import CachePolicy
-
-__all__ = ["Aligned", "RaggedLayer", "Segments", "StandIn", "attend_ragged"]
-
-
-@dataclass(frozen=True)
-class StandIn:
-    """One entry per head that stands for others, dropped: ``weight`` is added to its logit.
-
-    Attributes:
-        key, value: ``(batch, kv_heads, dim)``.
-        weight: ``(batch, kv_heads)``; minus infinity where nothing has been dropped.
-    """
-
-    key: Tensor
-    value: Tensor
-    weight: Tensor
-
-    @classmethod
-    def of(cls, policy: CachePolicy, layer: KeptLayer, look: Look) -> StandIn | None:
-        """What stands in a layer for entries dropped; nothing where a sliding window would hide those anyway."""
-        return None if policy.ranking is None or look.slides else policy.ranking.stand_in(layer)
-
-    def before(self, keys: Tensor, values: Tensor, mask: Tensor, group: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Keys, values and a mask to add to logits, ``(batch, heads, queries, 1 + slots)``, with this entry first."""
-        seen = torch.zeros(mask.shape, dtype=keys.dtype, device=keys.device).masked_fill_(~mask, float("-inf"))
-        weight = self.weight.repeat_interleave(group, dim=1)[..., None, None].to(keys.dtype)
-        seen = seen.expand(*weight.shape[:2], -1, -1)
-        mask = torch.cat([weight.expand(-1, -1, seen.shape[2], -1), seen], dim=3)
-        first_key, first_value = self.key[:, :, None].to(keys.dtype), self.value[:, :, None].to(values.dtype)
-        return torch.cat([first_key, keys], dim=2), torch.cat([first_value, values], dim=2), mask
+__all__ = ["Aligned", "RaggedLayer", "Segments"]
 
 
 @dataclass(frozen=True)
@@ -427,108 +394,3 @@ class _Whole(KeptLayer):
         assert held is not None
         parted = RaggedLayer.pack(self, held, self._origin.granted, self._origin.granted_of)
         self.cache.layers[self.index] = parted
-
-
-def attend_ragged(
-    module: torch.nn.Module, look: Look, layer: RaggedLayer, policy: CachePolicy, step: Step
-) -> Float[Tensor, "rows 1 heads dim"]:
-    """One token per row over a ragged layer: heads with segments of one size together, without copying them.
-
-    On CUDA one kernel reads all segments as they lie, unless the policy wants to see the weights or the model's
-    attention is of a kind that it does not know.
-    """
-    rows, heads, _, dim = look.query.shape
-    plain = look.softcap is None and look.window is None and not policy.needs_attention
-    if look.query.is_cuda and plain and look.query.dtype != torch.float64 and StandIn.of(policy, layer, look) is None:
-        return _attend_flat(look, layer)
-    group = heads // layer.kv_heads
-    query = look.query.reshape(rows * layer.kv_heads, group, dim)[layer.order]
-    oldest = None if look.window is None else (step.rows(layer.device) - look.window)
-    stand_in = StandIn.of(policy, layer, look)
-    if stand_in is not None:
-        parts = (stand_in.key, stand_in.value, stand_in.weight)
-        stand_in = StandIn(*(part.flatten(0, 1)[layer.order] for part in parts))
-    outputs, shares = [], []
-    for first, begin, count, size in layer.groups():
-        used = [layer.used[head] for head in layer.segments.order[first : first + count]]
-        reach = max(used)
-
-        def segment(flat: Tensor, begin: int = begin, count: int = count, size: int = size, reach: int = reach) -> Any:
-            return flat[begin : begin + count * size].unflatten(0, (count, size))[:, :reach]
-
-        mask = None
-        if min(used) < reach:
-            lengths = layer.lengths[layer.order[first : first + count]]
-            mask = torch.arange(reach, device=layer.device) < lengths[:, None]
-        if oldest is not None:
-            bound = oldest
-            if isinstance(oldest, Tensor):
-                bound = oldest.flatten()[layer.order[first : first + count] // layer.kv_heads][:, None]
-            near = segment(layer.positions) >= bound
-            mask = near if mask is None else mask & near
-        among = slice(first, first + count)
-        other = None
-        if stand_in is not None:
-            other = StandIn(stand_in.key[among], stand_in.value[among], stand_in.weight[among])
-        output, share = _attend_group(
-            query[among], segment(layer.keys), segment(layer.values), mask, look, policy.needs_attention, other
-        )
-        outputs.append(output)
-        if share is not None:
-            shares.append(torch.nn.functional.pad(share, (0, layer.slots - reach)))
-    if shares:
-        entries = layer.entries
-        received = torch.cat(shares)[layer.inverse].unflatten(0, (rows, layer.kv_heads))
-        policy.receive(entries, received, step)
-        entries.commit()
-    return torch.cat(outputs)[layer.inverse].reshape(rows, 1, heads, -1)
-
-
-def _attend_flat(look: Look, layer: RaggedLayer) -> Float[Tensor, "rows 1 heads dim"]:
-    from vestige.layers.ops.decode_triton import APPEND, SlotTable, attend_slots
-
-    table = SlotTable(
-        keys=layer.keys,
-        values=layer.values,
-        positions=layer.positions,
-        mass=None,
-        offset=layer.offsets,
-        length=layer.lengths,
-        target=layer.lengths,
-        rows=layer.rows,
-        kv_heads=layer.kv_heads,
-        capacity=max(layer.segments.sizes),
-    )
-    return attend_slots(table, look.query, layer.lengths, scaling=look.scaling, mode=APPEND)
-
-
-def _attend_group(
-    query: Float[Tensor, "count group dim"],
-    keys: Float[Tensor, "count slots dim"],
-    values: Float[Tensor, "count slots dim"],
-    mask: Bool[Tensor, "count slots"] | None,
-    look: Look,
-    weights: bool,
-    stand_in: StandIn | None,
-) -> tuple[Float[Tensor, "count group dim"], Float[Tensor, "count group slots"] | None]:
-    """Attention of each head's queries over its entries, and its weights where they are asked for."""
-    if not weights and look.softcap is None and stand_in is None:
-        shown = None if mask is None else mask[:, None, None]
-        output = scaled_dot_product_attention(
-            query[:, None], keys[:, None], values[:, None], attn_mask=shown, scale=look.scaling
-        )
-        return output.squeeze(1), None
-    exact = torch.promote_types(query.dtype, torch.float32)
-    logits = ((query @ keys.transpose(1, 2)) * look.scaling).to(exact)
-    if look.softcap is not None:
-        logits = look.softcap * torch.tanh(logits / look.softcap)
-    if mask is not None:
-        logits = logits.masked_fill(~mask[:, None], float("-inf"))
-    if stand_in is None:
-        share = torch.softmax(logits, dim=-1)
-        return share.to(values.dtype) @ values, share if weights else None
-    other = (query.to(exact) @ stand_in.key[..., None].to(exact)) * look.scaling + stand_in.weight[:, None, None]
-    share = torch.softmax(torch.cat([logits, other], dim=2), dim=-1)
-    share, other = share[..., :-1], share[..., -1:]
-    output = (share.to(values.dtype) @ values) + (other * stand_in.value[:, None]).to(values.dtype)
-    return output, share if weights else None

@@ -23,7 +23,7 @@ from vestige.errors import InputError, SpecError, UnsupportedModelError
 if TYPE_CHECKING:
     from vestige.context.plan.duo_attention import DuoAttention
 
-__all__ = ["hold_still", "learn_gates"]
+__all__ = ["GatedAttention", "hold_still", "learn_gates"]
 
 logger = logging.getLogger(__name__)
 
@@ -109,7 +109,7 @@ def learn_gates(
     }
     run = _Training(gates, course, optimizer, schedule, settings)
     done = run.resume(Path(checkpoint)) if checkpoint is not None else 0
-    attention = _GatedAttention(method.sinks, method.recent)
+    attention = GatedAttention(method.sinks, method.recent)
     with Patch(model, f"{method.name} fit", claims={"kv-cache"}) as patch:
         hold_still(patch, anatomy)
         patch.attention("vestige-gated", attention, _no_mask, part=anatomy.base)
@@ -133,20 +133,21 @@ def learn_gates(
     return method.replace(gates=table(found, digits=6), fitted_on=fingerprint(anatomy))
 
 
-def _losses(anatomy: Anatomy, attention: _GatedAttention, gates: Tensor, sample: Sample) -> tuple[Tensor, Tensor]:
+def _losses(anatomy: Anatomy, attention: GatedAttention, gates: Tensor, sample: Sample) -> tuple[Tensor, Tensor]:
     """How far the answers' hidden states are from the model's own, and the mean of the gates."""
     ids, counts = sample.tensors(gates.device)
 
     def hidden(with_gates: Tensor | None) -> Tensor:
         attention.gates = with_gates
-        return anatomy.base(input_ids=ids, use_cache=False).last_hidden_state[0, :-1][counts].float()
+        states = anatomy.base(input_ids=ids, use_cache=False).last_hidden_state[0, :-1][counts]
+        return states.to(torch.promote_types(states.dtype, torch.float32))
 
     with torch.no_grad():
         own = hidden(None)
     return (hidden(gates) - own).square().mean() / own.square().mean(), gates.mean()
 
 
-class _GatedAttention:
+class GatedAttention:
     """Full attention mixed with attention to sinks and recent tokens; full attention alone without gates."""
 
     def __init__(self, sinks: int, recent: int) -> None:

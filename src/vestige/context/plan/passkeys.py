@@ -17,7 +17,7 @@ from vestige.core.anatomy import Anatomy
 from vestige.core.haystack import GRAMMAR, check_source, sentences, vocabulary
 from vestige.errors import InputError, SpecError
 
-__all__ = ["Sample", "check_samples", "pass_keys"]
+__all__ = ["Sample", "check_samples", "copies", "pass_keys"]
 
 ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth")
 DEPTHS = (0.05, 0.95)  # of the text, between which keys are hidden
@@ -76,6 +76,29 @@ def pass_keys(
 
     assert shortest
     return stream()
+
+
+def copies(words: Sequence[int], length: int, count: int, *, copied: int = 8, seed: int = 0) -> list[Sample]:
+    """Texts of random tokens whose end repeats a stretch from somewhere in them: for models without a tokenizer.
+
+    Args:
+        words: tokens to draw from.
+        length: tokens of a text.
+        count: how many texts.
+        copied: tokens of the stretch that comes again; they count.
+
+    Raises:
+        InputError: a text has no room for the stretch twice.
+    """
+    if length < 2 * copied:
+        raise InputError(f"a text of {length} tokens is too short to repeat {copied} of them")
+    chance, texts = random.Random(f"copies {seed}"), []
+    for _ in range(count):
+        text = chance.choices(words, k=length - copied)
+        start = chance.randrange(length - 2 * copied + 1)
+        counts = [False] * (length - copied) + [True] * copied
+        texts.append(Sample((*text, *text[start : start + copied]), tuple(counts)))
+    return texts
 
 
 def check_samples(samples: Sequence[Sample], anatomy: Anatomy, least: int, why: str) -> None:

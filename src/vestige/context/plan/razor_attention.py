@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vestige.context.cache import KeptLayer
 from vestige.context.plan.windows import HeadWindows, Table, highest
-from vestige.context.ragged import StandIn
+from vestige.context.ragged_attention import StandIn
 from vestige.core.anatomy import Anatomy
 from vestige.core.method import Paper, param
 from vestige.errors import UnsupportedModelError

@@ -88,7 +88,8 @@ class _Looking:
 
     def __init__(self, anatomy: Anatomy, period: int, skip: int) -> None:
         self.period, self.skip = period, skip
-        self.echo = torch.zeros(anatomy.num_layers, anatomy.num_kv_heads)
+        exact = torch.promote_types(anatomy.base.dtype, torch.float32)
+        self.echo = torch.zeros(anatomy.num_layers, anatomy.num_kv_heads, dtype=exact)
         self.induction = torch.zeros_like(self.echo)
 
     def __call__(
@@ -111,7 +112,7 @@ class _Looking:
         outputs, echo, induction = [], 0.0, 0.0
         block = max(1, BLOCK_BYTES // (4 * heads * count))
         for rows in place.split(block):
-            logits = (query[0, :, rows] @ keys.transpose(1, 2)).float() * scaling
+            logits = (query[0, :, rows] @ keys.transpose(1, 2)).to(self.echo.dtype) * scaling
             if softcap is not None:
                 logits = softcap * torch.tanh(logits / softcap)
             age = rows[:, None] - place

@@ -97,7 +97,7 @@ class CacheCase(Case):
             raise NotApplicable("the policy keeps every entry")
 
     def tiny(self, architecture: str, dtype: torch.dtype = torch.float64) -> Any:
-        """A small random model, shared: checks undo what they do to it. What the policy has to learn of it is learnt."""
+        """A small random model, shared: checks undo what they do to it. What the policy must know of it is learnt."""
         model = tiny_model(architecture, dtype, self.device)
         if isinstance(self.fitted, HeadWindows) and Anatomy.of(model).causal:
             learn(self.fitted, tiny_model(architecture, torch.float32, self.device))

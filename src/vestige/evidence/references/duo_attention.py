@@ -21,9 +21,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from vestige.context.plan.passkeys import copies
 from vestige.evidence.references.caching import Sight, Trace, follow
 
-__all__ = ["gated", "simulate"]
+__all__ = ["gated", "simulate", "small_fit"]
 
 
 def simulate(
@@ -90,3 +91,8 @@ def gated(
             rows.append(gate * full + (1 - gate) * streaming)
         outputs.append(torch.stack(rows))
     return torch.stack(outputs)
+
+
+def small_fit() -> dict[str, Any]:
+    """How gates are learnt on a small random model."""
+    return {"samples": copies(range(3, 97), 40, 4), "steps": 8, "learning_rate": 0.1}

@@ -1,0 +1,90 @@
+"""MoA: a window per head that grows with the text, chosen for the least loss under a density."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+from vestige.context.plan.windows import HeadWindows, Table
+from vestige.core.anatomy import Anatomy
+from vestige.core.method import Paper, param
+from vestige.errors import SpecError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+__all__ = ["MoA"]
+
+
+class MoA(HeadWindows):
+    r"""Give each head a window by an elastic rule, alpha + beta *N* of *N* tokens, beside the first tokens.
+
+    Some heads need a fixed stretch of the recent past, some a part of all there is. Which rule a head gets is worked
+    out once for a model (:meth:`fit`): gradients say what each head's loss of sight would cost, at several lengths of
+    text, and an integer program picks the rules that cost least while the heads together hold no more than a
+    ``density`` of the tokens at any of the lengths.
+
+    *N* counts all tokens so far, so that windows go on growing while decoding. A prompt's chunk attends to itself as a
+    whole, whatever the head; then the heads are cut.
+    """
+
+    name = "moa"
+    paper = Paper(
+        title="MoA: Mixture of Sparse Attention for Automatic Large Language Model Compression",
+        year=2024,
+        arxiv="2406.14909",
+        code="https://github.com/thu-nics/MoA",
+        equations="section 3 (elastic rules), 4.1 (influence of attention values), 4.2 (choice under a density)",
+    )
+
+    alpha: Table = param((), "tokens of each layer's key-value heads' windows that do not grow; may be negative")
+    beta: Table = param(
+        (), "part of the tokens so far by which the windows grow; both empty: those known for the model"
+    )
+    density: float = param(
+        0.5, "share of the tokens that the heads together hold, for which the rules were chosen", gt=0, le=1
+    )
+    sinks: int = param(64, "first tokens that every head keeps", ge=0)
+    recent: int = param(64, "last tokens that every head keeps at least", ge=1)
+
+    tables: ClassVar[tuple[str, ...]] = ("alpha", "beta")
+    how: ClassVar[str] = "choose rules with MoA.fit(model, tokenizer)"
+
+    @classmethod
+    def fit(
+        cls, model: nn.Module, tokenizer: Any = None, *, parameters: dict[str, Any] | None = None, **how: Any
+    ) -> Self:
+        """Choose the rules of a model's heads; see :func:`vestige.context.plan.rules.choose_rules` for the arguments.
+
+        Args:
+            parameters: hyper-parameters of the method (``density``, ``sinks``, ``recent``).
+        """
+        from vestige.context.plan.rules import choose_rules
+
+        return choose_rules(cls(**(parameters or {})), model, tokenizer, **how)
+
+    def on(self, anatomy: Anatomy) -> Self:
+        found = None if self.fitted else self.known(anatomy)
+        if found is not None and found.density != self.density:
+            raise SpecError(
+                f"{self.name}: parameter 'density' is {self.density}; the rules known for this model are for "
+                f"{found.density}; {self.how}"
+            )
+        return super().on(anatomy)
+
+    def windows(self, layer: int, seen: int) -> list[int | None]:
+        rules = zip(self.alpha[layer], self.beta[layer], strict=True)
+        return [window(alpha, beta, seen, self.recent) for alpha, beta in rules]
+
+    def alike(self, layer: int) -> bool:
+        return len(set(zip(self.alpha[layer], self.beta[layer], strict=True))) == 1
+
+    def lossless(self, tokens: int) -> Self:
+        return self.replace(recent=tokens)
+
+
+def window(alpha: float, beta: float, seen: int, least: int) -> int | None:
+    """Recent tokens that a rule keeps of ``seen``; ``None`` for all, where it grows as the text does."""
+    if beta >= 1 and alpha >= 0:
+        return None
+    return max(least, math.floor(alpha + beta * seen))
