@@ -15,6 +15,7 @@ __all__ = [
     "PatchConflictError",
     "PatchError",
     "SpecError",
+    "TrainingError",
     "UnsupportedModelError",
     "VestigeError",
 ]
@@ -38,6 +39,10 @@ class ModelError(VestigeError, RuntimeError):
 
 class UnsupportedModelError(ModelError):
     """The model is of an architecture, or lacks a part, that the method needs."""
+
+
+class TrainingError(VestigeError, RuntimeError):
+    """Training cannot go on, as with a loss that is no number; what was learnt up to there is kept."""
 
 
 class PatchError(VestigeError, RuntimeError):

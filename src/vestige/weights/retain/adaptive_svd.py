@@ -1,0 +1,203 @@
+"""Adaptive SVD (arXiv 2504.07097): learn only in the directions of each matrix that matter least."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vestige.core.anatomy import Anatomy
+from vestige.core.method import Paper, param
+from vestige.core.patch import Patch
+from vestige.errors import SpecError, UnsupportedModelError
+from vestige.weights.retain.learner import Learner, Running
+from vestige.weights.retain.session import Session
+from vestige.weights.retain.stream import Experience
+
+__all__ = ["AdaptiveSVD", "importance", "project", "ranks", "within"]
+
+
+def importance(x: Tensor, y: Tensor) -> Tensor:
+    """I = mean over rows of cos(x, y), the input and output of a layer, over the features that both have.
+
+    Args:
+        x: inputs (rows, in_features).
+        y: outputs (rows, out_features).
+    """
+    width = min(x.shape[-1], y.shape[-1])
+    return F.cosine_similarity(x[..., :width].float(), y[..., :width].float(), dim=-1).mean()
+
+
+def ranks(scores: Mapping[str, float], sizes: Mapping[str, int], least: float, most: float) -> dict[str, int]:
+    """How many singular directions of each matrix stay: r = least + I (most - least), I scaled to a mean of 1.
+
+    Args:
+        scores: importance by matrix.
+        sizes: the smaller side of each matrix.
+        least, most: bounds of the share; at least one direction is always left to learn in.
+    """
+    mean = sum(scores.values()) / len(scores)
+    found = {}
+    for name, size in sizes.items():
+        relative = scores[name] / mean if abs(mean) > 1e-8 else 1.0
+        share = least + relative * (most - least)
+        found[name] = min(max(int(share * size), 0), size - 1)
+    return found
+
+
+def project(gradient: Tensor, U: Tensor, V: Tensor) -> Tensor:
+    """G - U U^T G V V^T: without what lies in the kept directions.
+
+    Args:
+        gradient: (out, in).
+        U, V: (out, k) and (in, k).
+    """
+    return gradient - U @ (U.T @ gradient @ V) @ V.T
+
+
+def within(weight: Tensor, U: Tensor, S: Tensor, V: Tensor) -> Tensor:
+    """The weight whose part in the kept directions is what it was: W - U (U^T W V - diag(S)) V^T.
+
+    Exact whatever the optimizer did to W, its decay and its moments included.
+
+    Args:
+        weight: (out, in).
+        U, S, V: (out, k), (k,), (in, k), of the decomposition at the start of the experience.
+    """
+    return weight - U @ (U.T @ weight @ V - torch.diag(S)) @ V.T
+
+
+class _AdaptiveSVD(Running):
+    def __init__(self, learner: Any) -> None:
+        super().__init__(learner)
+        self.kept: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
+        self.scores: dict[str, float] = {}
+
+    def start(self, session: Session) -> None:
+        # The output layer and the embeddings are not among them.
+        wanted = {
+            id(p.stored)
+            for layer in Anatomy.of(session.model).layers
+            for p in (layer.query, layer.key, layer.value, layer.output, layer.gate, layer.up, layer.down)
+            if p is not None
+        }
+        self.targets = {
+            name: module
+            for name, module in session.model.named_modules()
+            if isinstance(getattr(module, "weight", None), Tensor)
+            and id(module.weight) in wanted
+            and module.weight.requires_grad
+        }
+        if not self.targets:
+            raise UnsupportedModelError(f"{self.learner.name}: none of the model's matrices is trained")
+        if self.learner.frozen and not 0 < self.learner.frozen < 1:
+            raise SpecError(f"parameter 'frozen' is {self.learner.frozen}; allowed: 0 to 1")
+
+    def before(self, session: Session, experience: Experience) -> None:
+        self.kept = {}
+        if not experience.index and not self.learner.from_start:
+            return
+        if not experience.index:
+            self.scores = self._measure(session, experience)
+        sizes = {name: min(module.weight.shape) for name, module in self.targets.items()}
+        if self.learner.frozen:
+            count = {name: min(int(self.learner.frozen * size), size - 1) for name, size in sizes.items()}
+        else:
+            count = ranks(self.scores, sizes, self.learner.least, self.learner.most)
+        for name, module in self.targets.items():
+            U, S, Vh = torch.linalg.svd(module.weight.detach().float(), full_matrices=False)
+            k = count[name]
+            if k:
+                self.kept[name] = U[:, :k].contiguous(), S[:k].contiguous(), Vh[:k].T.contiguous()
+
+    def _measure(self, session: Session, experience: Experience) -> dict[str, float]:
+        """Importance of each matrix on some rows of an experience."""
+        sums: dict[str, float] = dict.fromkeys(self.targets, 0.0)
+        seen = 0
+
+        def watch(name: str) -> Any:
+            def look(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+                x, y = args[0].flatten(0, -2), output.flatten(0, -2)
+                sums[name] += float(importance(x, y)) * rows
+
+            return look
+
+        with Patch(session.model, self.learner.name) as patch, session.evaluating():
+            for name, module in self.targets.items():
+                patch.hook(module, watch(name), "forward")
+            for batch in session.batches(experience.train):
+                rows = len(next(iter(batch.values())))
+                session.forward(batch)
+                seen += rows
+                if seen >= self.learner.rows:
+                    break
+        return {name: total / seen for name, total in sums.items()}
+
+    @torch.no_grad()
+    def gradients(self, session: Session) -> None:
+        for name, (U, _, V) in self.kept.items():
+            gradient = self.targets[name].weight.grad
+            if gradient is not None:
+                gradient.copy_(project(gradient.float(), U, V))
+
+    @torch.no_grad()
+    def stepped(self, session: Session) -> None:
+        for name, (U, S, V) in self.kept.items():
+            weight = self.targets[name].weight
+            weight.copy_(within(weight.float(), U, S, V))
+
+    def after(self, session: Session, experience: Experience) -> None:
+        now = self._measure(session, experience)
+        n = experience.index
+        # The mean over all experiences so far, from their own data, none of which is kept.
+        self.scores = {name: (self.scores.get(name, 0.0) * n + score) / (n + 1) for name, score in now.items()}
+
+    def tensors(self) -> dict[str, Tensor]:
+        parts = {f"{kind}:{name}": t for name, kept in self.kept.items() for kind, t in zip("USV", kept, strict=True)}
+        order = [self.scores.get(name, 0.0) for name in sorted(self.targets)] if self.scores else []
+        return {**parts, "importance": torch.tensor(order, dtype=torch.float64)}
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        order = tensors["importance"].tolist()
+        self.scores = dict(zip(sorted(self.targets), order, strict=True)) if order else {}
+        names = [name.removeprefix("U:") for name in tensors if name.startswith("U:")]
+        self.kept = {name: tuple(tensors[f"{kind}:{name}"] for kind in "USV") for name in names}  # type: ignore[misc]
+
+    def report(self) -> dict[str, Any]:
+        return {"importance": self.scores, "kept": {name: len(S) for name, (_, S, _) in self.kept.items()}}
+
+
+class AdaptiveSVD(Learner):
+    """Keep the largest singular directions of every matrix, and learn in the others only.
+
+    Before each experience every matrix of attention and feed-forward is decomposed. The gradient loses what lies in
+    the kept directions, and after each update the weight's part there is put back, so that the constraint
+    U^T (W - W*) V = 0 holds exactly under any optimizer. How many directions stay depends on how much a layer changes
+    its input: the cosine between a layer's inputs and outputs, on the data of earlier experiences, as they are learnt.
+    No parameters are added. The output layer and the embeddings are free.
+    """
+
+    name = "adaptive-svd"
+    paper = Paper(
+        title="Sculpting Subspaces: Constrained Full Fine-Tuning in LLMs for Continual Learning",
+        year=2025,
+        arxiv="2504.07097",
+        code="https://github.com/Red-Hat-AI-Innovation-Team/orthogonal-subspace-learning",
+        equations="section 3: decomposition, layer importance, retained ratio and projected gradient",
+    )
+
+    least: float = param(0.1, "share of directions kept in a layer of no importance", ge=0, le=1)
+    most: float = param(0.8, "share kept in a layer of mean importance", ge=0, le=1)
+    frozen: float = param(0.0, "the same share for all layers instead; 0: by importance", ge=0, lt=1)
+    from_start: bool = param(False, "keep directions of the weights that the model came with")
+    rows: int = param(256, "rows of each experience that importance is measured on", ge=1)
+
+    owns: ClassVar[frozenset[str]] = frozenset({"weights"})
+    running = _AdaptiveSVD
+
+    def check(self) -> None:
+        if self.least > self.most:
+            raise SpecError(f"parameter 'least' is {self.least}; allowed: at most 'most', {self.most}")

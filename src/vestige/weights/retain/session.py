@@ -1,0 +1,159 @@
+"""What a learner's hooks are given: the model, where the run stands, and the few operations that they share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset
+
+from vestige.core.anatomy import Anatomy
+from vestige.errors import UnsupportedModelError
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+    from vestige.weights.retain.stream import Experience, Stream
+
+__all__ = ["Collate", "Session", "is_classification"]
+
+
+class Collate:
+    """Puts rows together with the user's collator, and keeps their ``index`` and ``task`` beside."""
+
+    def __init__(self, collator: Any) -> None:
+        self.collator = collator
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        plain = [{key: value for key, value in row.items() if key not in ("index", "task")} for row in rows]
+        marks = {key: torch.tensor([row.get(key, -1) for row in rows]) for key in ("index", "task")}
+        return {**self.collator(plain), **marks}
+
+
+class Session:
+    """One run of a learner.
+
+    Attributes:
+        model: the model that is trained, without wrappers of Accelerate.
+        stream: all experiences.
+        experience: the one being learnt.
+        indices, tasks: the rows of the current micro-batch and the experiences that they belong to, by which
+            :meth:`example` finds them (batch,).
+        step, epoch: updates made in this experience, and passes over it (a fraction).
+        steps: updates that this experience will take.
+        general: general samples, if any were given.
+        generator: random numbers of the learner's own; drawing from it changes nothing else.
+        scale: by which gradients are multiplied where 16-bit floats need it.
+    """
+
+    def __init__(
+        self, model: nn.Module, stream: Stream, args: TrainingArguments, collate: Collate, general: Any = None
+    ) -> None:
+        self.model, self.stream, self.args, self.collate, self.general = model, stream, args, collate, general
+        self.experience: Experience = stream[0]
+        self.indices = self.tasks = torch.empty(0, dtype=torch.long)
+        self.step, self.epoch, self.steps = 0, 0.0, 0
+        self.scale = 1.0
+        self.generator = torch.Generator().manual_seed(args.seed)
+        self.autocast: Any = nullcontext
+        self.lr = args.learning_rate
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def example(self, experience: int, index: int) -> dict[str, Tensor]:
+        """One training row as tensors, as the dataset gives it now."""
+        row = self.stream[experience].train.example(index)
+        return {key: torch.as_tensor(value) for key, value in row.items()}
+
+    def batch(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+        """Rows, padded together, on the model's device, without ``index`` and ``task``."""
+        return self.inputs(self.collate(rows))
+
+    def inputs(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """What the model takes of a collated batch, on its device."""
+        chosen = {key: value for key, value in batch.items() if key not in ("index", "task")}
+        return {key: value.to(self.device) for key, value in chosen.items()}
+
+    def batches(self, rows: Dataset, size: int | None = None, shuffle: bool = False) -> Iterator[dict[str, Tensor]]:
+        """Batches of a dataset on the model's device, in order, or shuffled by :attr:`generator`."""
+        # A generator of its own, so that looking at data does not change the random numbers of training.
+        draw = self.generator if shuffle else torch.Generator()
+        width = size or self.args.per_device_eval_batch_size
+        for batch in DataLoader(rows, width, shuffle=shuffle, collate_fn=self.collate, generator=draw):
+            yield self.inputs(batch)
+
+    def forward(self, batch: dict[str, Tensor], **options: Any) -> Any:
+        """The model's outputs on a batch, in the precision of training; no loss is computed by the model for labels
+        that are one number per row."""
+        given = without_labels(batch) if is_classification(batch) else batch
+        with self.autocast():
+            return self.model(**given, **options)
+
+    def objective(self, outputs: Any, batch: dict[str, Tensor], tasks: Tensor | None = None) -> Tensor:
+        """The mean loss of a batch: cross-entropy over the labels allowed, or the model's own.
+
+        Args:
+            outputs: of the model on the batch.
+            batch: rows with labels.
+            tasks: the experience of each row (batch,); those of the current micro-batch if ``None``.
+        """
+        if not is_classification(batch):
+            return outputs.loss
+        logits = self.allowed(outputs.logits, self.tasks if tasks is None else tasks)
+        return F.cross_entropy(logits.float(), batch["labels"], label_smoothing=self.args.label_smoothing_factor)
+
+    def allowed(self, logits: Tensor, tasks: Tensor) -> Tensor:
+        """Logits (batch, classes) in which, in a task stream, only labels of a row's experience can win."""
+        if self.stream.kind != "task":
+            return logits
+        shut = torch.ones(len(self.stream), logits.shape[-1], dtype=torch.bool)
+        for experience in self.stream:
+            shut[experience.index, list(experience.classes or ())] = False
+        return logits.masked_fill(shut[tasks.cpu()].to(logits.device), torch.finfo(logits.dtype).min)
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """The parameters that are trained, by name."""
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+    def head(self) -> tuple[str, nn.Module]:
+        """The output layer and its name.
+
+        Raises:
+            UnsupportedModelError: the model has none, or is of an unknown architecture.
+        """
+        head = Anatomy.of(self.model).head
+        if head is None:
+            raise UnsupportedModelError(f"{type(self.model).__name__} has no output layer")
+        return next((name, part) for name, part in self.model.named_modules() if part is head)
+
+    def evaluating(self) -> AbstractContextManager[None]:
+        """No dropout and no gradients inside the block."""
+        return _evaluating(self.model)
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    modes = {part: part.training for part in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for part, mode in modes.items():
+            part.training = mode
+
+
+def is_classification(batch: dict[str, Any]) -> bool:
+    """Whether each row has one whole number as its label."""
+    labels = batch.get("labels")
+    return labels is not None and labels.ndim == 1 and not labels.is_floating_point()
+
+
+def without_labels(batch: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in batch.items() if key != "labels"}
