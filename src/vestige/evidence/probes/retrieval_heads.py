@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 
-from vestige.core.method import Paper, param
+from vestige.core.method import Paper, Verdict, param
 from vestige.errors import InputError, SpecError
 from vestige.evidence.probes.probe import Probe
 from vestige.evidence.tasks.haystack import GRAMMAR, check_source
@@ -110,6 +110,11 @@ class RetrievalHeads(Probe):
         venue="ICLR 2025",
         code="https://github.com/nightdessert/Retrieval_Head",
         equations="the retrieval score (section 2), threshold 0.1; masking the top heads (section 4)",
+    )
+    verdict = Verdict(
+        "reproduced",
+        "SmolLM2-135M: 18 of 270 heads reach the threshold, four of the top five the same for all seeds; silencing the "
+        "top 5 takes answers from 6 of 6 to 0, silencing 5 random others leaves 6, 6 and 1",
     )
 
     RECALL: ClassVar[float] = 0.5  # share of the answer's tokens that makes a prompt count
