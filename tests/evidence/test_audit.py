@@ -141,6 +141,14 @@ def test_killed_in_the_middle_it_goes_on_where_it_was(toy_folder, tmp_path):
     assert result.report.exists()
 
 
+@pytest.mark.gpu
+def test_on_an_accelerator_in_half_precision(toy_folder, tmp_path):
+    result = audit(str(toy_folder), out=tmp_path, progress=False, device="cuda", dtype="bfloat16", **SMALL)
+    assert result.measured == cells_of(result.plan) and result.anatomy["dtype"] == "bfloat16"
+    assert result.anatomy["device"] == torch.cuda.get_device_name()
+    assert result.retention["kv_bytes"].max() == 260 * result.anatomy["cache_bytes_per_token"]
+
+
 def test_a_broken_last_line_is_measured_again(finished, toy, tmp_path):
     whole = finished.ledger.read_bytes()
     first = whole.splitlines(keepends=True)[: cells_of(finished.plan)]

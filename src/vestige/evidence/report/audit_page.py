@@ -30,7 +30,7 @@ def audit_page(result: AuditResult) -> Page:
     plan = result.plan
     prompts = len(plan.needles())
     return Page(
-        title=f"What {result.model} remembers",
+        title=f"What {result.model.rstrip('/').rpartition('/')[2]} remembers",
         subtitle=(
             f"{prompts} facts, each hidden in {plan.length:,} tokens of text and asked for after the cache was cut; "
             f"{len(plan.policies)} cache policies, {len(plan.budgets)} budgets."
