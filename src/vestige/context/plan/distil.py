@@ -97,7 +97,6 @@ def learn_gates(
     gates = torch.ones(anatomy.num_layers, anatomy.num_kv_heads, device=device, requires_grad=True)
     course = torch.zeros_like(gates, requires_grad=False)
     optimizer = torch.optim.AdamW([gates], lr=learning_rate, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps))
     settings = {
         "fitted_on": fingerprint(anatomy),
         "sinks": method.sinks,
@@ -107,7 +106,7 @@ def learn_gates(
         "weight": weight,
         "seed": seed,
     }
-    run = _Training(gates, course, optimizer, schedule, settings)
+    run = _Training(gates, course, optimizer, settings)
     done = run.resume(Path(checkpoint)) if checkpoint is not None else 0
     attention = GatedAttention(method.sinks, method.recent)
     with Patch(model, f"{method.name} fit", claims={"kv-cache"}) as patch:
@@ -118,8 +117,8 @@ def learn_gates(
             loss, kept = _losses(anatomy, attention, gates, sample)
             optimizer.zero_grad()
             (gates.grad,) = torch.autograd.grad(loss + weight * kept, gates)
+            optimizer.param_groups[0]["lr"] = learning_rate * _rate(step, steps)
             optimizer.step()
-            schedule.step()
             with torch.no_grad():
                 gates.clamp_(0, 1)
                 course += gates
@@ -226,9 +225,8 @@ def _too_short(method: DuoAttention, length: int) -> str:
 class _Training:
     """The state of a training in a file, so that it can be interrupted."""
 
-    def __init__(self, gates: Tensor, course: Tensor, optimizer: Any, schedule: Any, settings: dict[str, Any]) -> None:
-        self.gates, self.course, self.optimizer, self.schedule = gates, course, optimizer, schedule
-        self.settings = settings
+    def __init__(self, gates: Tensor, course: Tensor, optimizer: Any, settings: dict[str, Any]) -> None:
+        self.gates, self.course, self.optimizer, self.settings = gates, course, optimizer, settings
 
     def save(self, path: Path, step: int) -> None:
         from safetensors.torch import save
@@ -262,6 +260,4 @@ class _Training:
             "exp_avg": tensors["exp_avg"],
             "exp_avg_sq": tensors["exp_avg_sq"],
         }
-        for _ in range(step):
-            self.schedule.step()
         return step
