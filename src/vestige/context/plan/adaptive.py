@@ -17,8 +17,8 @@ class Adaptive(Sharing):
     """Share a layer's budget out among its heads by where the best entries are.
 
     The entries of all heads are ranked together; a head's part is the number of its entries among the best
-    *H b*, of *H* heads with *b* entries each. For attention weights that is the choice which loses the least
-    weight. So that no head is left with nothing, part of the budget is shared out equally::
+    *H b*, of *H* heads with *b* entries each (the first of each head among them). For attention weights that is the
+    choice which loses the least weight. As scores only guess, part of the budget is shared out equally::
 
         b_h = (1 - safeguard) f_h + safeguard b
 
@@ -57,6 +57,7 @@ class Adaptive(Sharing):
     def share_out(self, rank: Tensor, budgets: list[int]) -> Tensor | None:
         heads, slots = rank.shape[1:]
         there = (rank > float("-inf")).sum(dim=2).tolist()
+        rank = rank.scatter(2, rank.argmax(dim=2, keepdim=True), float("inf"))  # no head is left with nothing
         best = rank.flatten(1).argsort(dim=1, descending=True, stable=True) // slots
         shares = []
         for row, budget in enumerate(budgets):

@@ -1,7 +1,7 @@
 """Ada-KV (arXiv 2407.11550, algorithms 1 and 2): a budget per head.
 
 Of H heads with b entries each, let f_h be the number of head h's tokens among the H b tokens that rank highest over
-all heads. Head h is given
+all heads; each head's highest is always one of them. Head h is given
 
     b_h = (1 - s) f_h + s b
 
@@ -35,6 +35,7 @@ def simulate(*states: Any, policy: Any, safeguard: float, layer: int = 0, layers
 
     def share(ranks: list[dict[int, float]], b: int) -> list[int]:
         heads = len(ranks)
+        ranks = [{**own, max(own, key=lambda p: (own[p], -p)): math.inf} for own in ranks]
         everything = [(rank, head, p) for head, own in enumerate(ranks) for p, rank in own.items()]
         if len(everything) <= heads * b:
             return [b] * heads
