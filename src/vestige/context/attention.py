@@ -180,13 +180,13 @@ class Reading:
     Attributes:
         parts: keys ``(batch, kv_heads, n, dim)``, each with the queries ``(batch, heads, count, dim)`` that meet them;
             the entries of all parts, one after the other, are what is read.
-        values: ``(batch, kv_heads, entries, dim)``.
+        values: ``(batch, kv_heads, entries, dim)``, in one piece or several.
         valid: which entries exist, ``(batch, kv_heads, entries)`` or ``(batch, kv_heads, count, entries)``; ``None``
             for all. Leading ones may be 1.
     """
 
     parts: tuple[tuple[Tensor, Tensor], ...]
-    values: Tensor
+    values: Tensor | tuple[Tensor, ...]
     valid: Tensor | None = None
 
     def attend(self, look: Look) -> tuple[Tensor, Tensor]:
@@ -196,8 +196,10 @@ class Reading:
 
     def mix(self, share: Tensor) -> Tensor:
         """The output that weights ``(batch, kv_heads, group, count, entries)`` give."""
-        output = (share.to(self.values.dtype).flatten(2, 3) @ self.values).unflatten(2, share.shape[2:4])
-        return output.flatten(1, 2).transpose(1, 2)
+        values = self.values if isinstance(self.values, tuple) else (self.values,)
+        weights = share.to(values[0].dtype).flatten(2, 3).split([part.shape[2] for part in values], dim=3)
+        output = functools.reduce(torch.add, (w @ part for w, part in zip(weights, values, strict=True)))
+        return output.unflatten(2, share.shape[2:4]).flatten(1, 2).transpose(1, 2)
 
     def weights(self, look: Look) -> Float[Tensor, "batch kv group count entries"]:
         """Attention weights, float32 (float64 for float64 input); zero where a query may see nothing."""

@@ -105,6 +105,15 @@ class KeptLayer(CacheLayerMixin):
         return self.keys.shape[2] if self.is_initialized else 0
 
     @property
+    def sizes(self) -> tuple[int, int]:
+        """Rows of the batch, and key-value heads."""
+        return self.keys.shape[0], self.keys.shape[1]
+
+    def shares(self, other: KeptLayer) -> bool:
+        """Whether the entries lie in the same storage as another's."""
+        return self.keys is other.keys
+
+    @property
     def entries(self) -> KeptLayer:
         """The entries as policies and watchers see them: the heads' side by side."""
         return self
@@ -118,11 +127,15 @@ class KeptLayer(CacheLayerMixin):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Write new entries: into the slot of the one given up if the budget is full, else after the others."""
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
         if self.cache.slots_step is not None:
             self.cache.slots_step.write(self.index, key_states, value_states)
-            return self.keys, self.values
+        else:
+            self._enter(key_states, value_states)
+        return self.keys, self.values
+
+    def _enter(self, key_states: Tensor, value_states: Tensor) -> None:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
         step = self.cache.step
         if step is None or step.start != self.seen:
             raise PatchError("a kept cache is filled by a forward pass of the model that it was made for")
@@ -131,7 +144,6 @@ class KeptLayer(CacheLayerMixin):
             self._write_within(step, key_states, value_states)
         else:
             self._append(step, key_states, value_states)
-        return self.keys, self.values
 
     def _append(self, step: Step, keys: Tensor, values: Tensor) -> None:
         held, count = self.slots, step.count
@@ -191,8 +203,12 @@ class KeptLayer(CacheLayerMixin):
                 emptied[~torch.tensor(grows, device=self.device)] = EMPTY
                 self.positions = positions.scatter(2, victim, emptied)
             return
+        self._written_positions()
+        self._replace(self._victim(step, allowed, grows), step, keys, values)
+
+    def _replace(self, victim: Int[Tensor, "batch kv 1"], step: Step, keys: Tensor, values: Tensor) -> None:
+        """Write one new entry in each head in the place of another."""
         positions = self._written_positions()
-        victim = self._victim(step, allowed, grows)
         where = victim[..., None]
         self.keys.scatter_(2, where.expand(-1, -1, -1, self.keys.shape[3]), keys)
         self.values.scatter_(2, where.expand(-1, -1, -1, self.values.shape[3]), values)
@@ -228,7 +244,7 @@ class KeptLayer(CacheLayerMixin):
     def _held(self) -> list[int]:
         """Entries that each row's heads hold."""
         if not self.cache.padded or self.positions is None:
-            return [self.slots] * self.keys.shape[0]
+            return [self.slots] * self.sizes[0]
         return (self.positions[:, 0] != EMPTY).sum(dim=1).tolist()
 
     def settle(self, step: Step) -> None:
@@ -268,6 +284,10 @@ class KeptLayer(CacheLayerMixin):
         self.positions = positions.gather(2, order)
         if beyond is not None:
             self.positions = self.positions.masked_fill(beyond, EMPTY)
+        self.tidy()
+
+    def tidy(self) -> None:
+        """Whatever a layer has to do once entries have been dropped."""
 
     def _shares(self, rank: Tensor, places: list[int], room: int) -> Int[Tensor, "batch kv"] | None:
         """What each head may keep, where the policy gives the heads unequal parts."""
@@ -306,11 +326,11 @@ class KeptLayer(CacheLayerMixin):
         """Position of each held entry, made where it has been left implicit."""
         if self.positions is not None:
             return self.positions
-        batch, heads = self.keys.shape[:2]
+        batch, heads = self.sizes
         return torch.arange(count, device=self.device, dtype=torch.int32).expand(batch, heads, count)
 
     def _new_positions(self, step: Step) -> Int[Tensor, "batch kv count"]:
-        batch, heads = self.keys.shape[:2]
+        batch, heads = self.sizes
         if step.positions is None:
             new = torch.arange(step.start, step.start + step.count, device=self.device, dtype=torch.int32)
         else:
@@ -322,7 +342,7 @@ class KeptLayer(CacheLayerMixin):
         return self.positions != EMPTY if self.positions is not None and self.cache.padded else None
 
     def tensors(self) -> dict[str, Tensor]:
-        """All that the layer holds, by name."""
+        """All that the layer holds, by name, of which the first word is the part that it belongs to."""
         if not self.is_initialized:
             return {}
         held = {"keys": self.keys, "values": self.values}
@@ -459,7 +479,8 @@ class KeptCache(Cache):
         parts = {"keys": 0, "values": 0, "positions": 0, "state": 0}
         for layer in self.layers:
             for name, tensor in layer.tensors().items():
-                parts[name if name in parts else "state"] += tensor.untyped_storage().nbytes()
+                part = name.partition(" ")[0]
+                parts[part if part in parts else "state"] += tensor.untyped_storage().nbytes()
         return parts
 
     def positions(self, layer: int) -> Int[Tensor, "batch kv slots"]:
@@ -494,7 +515,7 @@ class KeptCache(Cache):
             twin.layers[index] = other
             other.keep(budgets)
             cut = twin.layers[index]  # a ragged layer may have taken the place
-            if cut.keys is layer.keys:
+            if cut.shares(layer):
                 cut._rewrite(lambda tensor: tensor.clone())
             else:
                 cut.aside = {name: tensor.clone() for name, tensor in layer.aside.items()}

@@ -122,6 +122,10 @@ class RaggedLayer(KeptLayer):
         return max(self.used)
 
     @property
+    def sizes(self) -> tuple[int, int]:
+        return self.rows, self.kv_heads
+
+    @property
     def entries(self) -> Aligned:
         return Aligned(self)
 

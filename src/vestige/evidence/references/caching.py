@@ -29,7 +29,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-__all__ = ["Score", "Sharing", "Sight", "Trace", "follow", "turned"]
+__all__ = ["Compact", "Score", "Sharing", "Sight", "Trace", "follow", "turned"]
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,10 @@ class Trace:
     attention: Float[Tensor, "kv T T"]
 
 
+Compact = Callable[[int, Sequence[int], int], tuple[Tensor, Tensor]]
+"""From a kv head, the positions that it holds and the queries so far, to its keys and values ``(T, dim)`` as held."""
+
+
 def follow(
     query: Float[Tensor, "heads T dim"],
     key: Float[Tensor, "kv T dim"],
@@ -97,6 +101,7 @@ def follow(
     share: Sharing | None = None,
     rule: Callable[[int], list[int]] | None = None,
     stand_ins: bool = False,
+    compact: Compact | None = None,
 ) -> Trace:
     """Follow a sequence through a layer under a policy.
 
@@ -121,6 +126,8 @@ def follow(
         rule: in place of a budget: from the tokens seen to the entries that each head may hold.
         stand_ins: whether the mean of what a head has dropped stands for it: one entry more, with the logarithm of
             the number of those tokens added to its logit. Not in a sliding-window layer, which would not see them.
+        compact: how keys and values are held from now on; asked when a decoded token has entered, before it attends,
+            and when a prompt has been cut. Default: as they came.
     """
     query, key, value = query.double(), key.double(), value.double()
     heads, length, dim = query.shape
@@ -167,13 +174,19 @@ def follow(
                 held[head] -= set(lowest[: len(lowest) - places[head]])
                 dropped[head] |= set(lowest[: len(lowest) - places[head]])
 
+    stored = [(key[head], value[head]) for head in range(kv_heads)]
+
+    def store(head: int, asked: int) -> None:
+        """Let what a head holds take the form in which it is kept, after ``asked`` queries."""
+        if compact is not None:
+            stored[head] = compact(head, sorted(held[head]), asked)
+
     def attend(head: int, n: int, stands: Callable[[int], int]) -> None:
         """Let the query of token ``n`` attend to what the head holds."""
         visible = sorted(p for p in held[head] if window is None or n - stands(p) < window)
-        keys = key[head, visible]
+        keys, values = (part[visible] for part in stored[head])
         if place is not None and frequencies is not None:
             keys = turned(keys, [stands(p) - p for p in visible], frequencies)
-        values = value[head, visible]
         number_of = torch.ones(len(visible), dtype=torch.float64)
         if stand_ins and dropped[head] and window is None:
             gone = sorted(dropped[head])
@@ -201,9 +214,14 @@ def follow(
 
             for n in range(start, end):
                 held[head].add(n)
+                if decoding:
+                    store(head, asked=n)
                 attend(head, n, stands)
-        if not decoding and when in ("both", "prefill"):
-            drop(allowed, seen=end, asked=end, room=0)
+        if not decoding:
+            if when in ("both", "prefill"):
+                drop(allowed, seen=end, asked=end, room=0)
+            for head in range(kv_heads):
+                store(head, asked=end)
         kept.append(tuple(tuple(sorted(positions)) for positions in held))
         start = end
     attention = probability.unflatten(0, (kv_heads, group)).sum(dim=1)

@@ -8,7 +8,7 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
-from vestige.evidence.references.caching import Sight, Trace, follow
+from vestige.evidence.references.caching import Compact, Sight, Trace, follow
 
 __all__ = ["simulate"]
 
@@ -21,6 +21,7 @@ def simulate(
     *,
     scaling: float | None = None,
     window: int | None = None,
+    compact: Compact | None = None,
     **budgets: Any,
 ) -> Trace:
     """Plain causal attention, whatever the budgets say.
@@ -44,4 +45,5 @@ def simulate(
         when="both",
         scaling=scaling,
         window=window,
+        compact=compact,
     )
