@@ -14,7 +14,7 @@ from vestige.core.method import Paper, param
 from vestige.core.patch import Patch
 from vestige.errors import SpecError, UnsupportedModelError
 from vestige.weights.retain.learner import Learner, Running
-from vestige.weights.retain.session import Session
+from vestige.weights.retain.session import Session, wide
 from vestige.weights.retain.stream import Experience
 
 __all__ = ["AdaptiveSVD", "importance", "project", "ranks", "within"]
@@ -28,7 +28,7 @@ def importance(x: Tensor, y: Tensor) -> Tensor:
         y: outputs (rows, out_features).
     """
     width = min(x.shape[-1], y.shape[-1])
-    return F.cosine_similarity(x[..., :width].float(), y[..., :width].float(), dim=-1).mean()
+    return F.cosine_similarity(wide(x[..., :width]), wide(y[..., :width]), dim=-1).mean()
 
 
 def ranks(scores: Mapping[str, float], sizes: Mapping[str, int], least: float, most: float) -> dict[str, int]:
@@ -108,7 +108,7 @@ class _AdaptiveSVD(Running):
         else:
             count = ranks(self.scores, sizes, self.learner.least, self.learner.most)
         for name, module in self.targets.items():
-            U, S, Vh = torch.linalg.svd(module.weight.detach().float(), full_matrices=False)
+            U, S, Vh = torch.linalg.svd(wide(module.weight.detach()), full_matrices=False)
             k = count[name]
             if k:
                 self.kept[name] = U[:, :k].contiguous(), S[:k].contiguous(), Vh[:k].T.contiguous()
@@ -141,13 +141,13 @@ class _AdaptiveSVD(Running):
         for name, (U, _, V) in self.kept.items():
             gradient = self.targets[name].weight.grad
             if gradient is not None:
-                gradient.copy_(project(gradient.float(), U, V))
+                gradient.copy_(project(wide(gradient), U, V))
 
     @torch.no_grad()
     def stepped(self, session: Session) -> None:
         for name, (U, S, V) in self.kept.items():
             weight = self.targets[name].weight
-            weight.copy_(within(weight.float(), U, S, V))
+            weight.copy_(within(wide(weight), U, S, V))
 
     def after(self, session: Session, experience: Experience) -> None:
         now = self._measure(session, experience)

@@ -11,7 +11,7 @@ from vestige.core.method import Paper, param
 from vestige.errors import UnsupportedModelError
 from vestige.weights.retain.learner import Batch, Learner
 from vestige.weights.retain.replay import WithBuffer
-from vestige.weights.retain.session import Session, is_classification
+from vestige.weights.retain.session import Session, is_classification, wide
 
 __all__ = ["DerPlusPlus"]
 
@@ -26,12 +26,12 @@ class _DerPlusPlus(WithBuffer):
         if len(self.buffer):
             # Two independent draws: one for what was answered, one for what is right.
             first, second = self.buffer.draw(session, count), self.buffer.draw(session, count)
-            logits = session.forward(first.batch).logits.float()
+            logits = wide(session.forward(first.batch).logits)
             loss = loss + self.learner.alpha * F.mse_loss(logits, first.extra)
             if self.learner.beta:
                 right = session.objective(session.forward(second.batch), second.batch, second.tasks)
                 loss = loss + self.learner.beta * right
-        self.note(session, outputs.logits.detach().float())
+        self.note(session, wide(outputs.logits.detach()))
         return loss
 
 

@@ -14,7 +14,7 @@ from vestige.core.method import Paper, param
 from vestige.weights.retain.buffer import Selection
 from vestige.weights.retain.learner import Batch, Learner, held, snapshot
 from vestige.weights.retain.replay import WithBuffer
-from vestige.weights.retain.session import Session, is_classification
+from vestige.weights.retain.session import Session, is_classification, wide
 from vestige.weights.retain.stream import Experience
 
 __all__ = ["FPF"]
@@ -28,16 +28,14 @@ class _FPF(WithBuffer):
         self.previous: dict[str, Tensor] = {}
         self.drift: dict[str, float] = defaultdict(float)
         self.calm: dict[str, float] = defaultdict(float)
-        self.switched, self.settled, self.total = False, False, 0
         self.done = 0  # updates of the whole stream so far
 
     def before(self, session: Session, experience: Experience) -> None:
         self.previous = snapshot(session.model)
-        self.switched = self.settled = False
 
     def loss(self, session: Session, batch: Batch, outputs: Any, loss: Tensor) -> Tensor:
         keeps = self.learner.distil and is_classification(batch)
-        self.note(session, outputs.logits.detach().float() if keeps else None)
+        self.note(session, wide(outputs.logits.detach()) if keeps else None)
         return loss
 
     def stepped(self, session: Session) -> None:
@@ -69,7 +67,7 @@ class _FPF(WithBuffer):
     def sensitivity(self) -> dict[str, float]:
         """Per module, the change when the data changes over the change when they do not; the largest first."""
         found = {m: moved / max(self.calm.get(m, 0.0), 1e-12) for m, moved in self.drift.items()}
-        return dict(sorted(found.items(), key=lambda item: -item[1]))
+        return dict(sorted(found.items(), key=lambda item: (-item[1], item[0])))
 
     def chosen(self) -> list[str]:
         """The modules to fine-tune: those most sensitive, until their share of all sensitivity is reached."""
@@ -102,7 +100,7 @@ class _FPF(WithBuffer):
                 outputs = session.forward(drawn.batch)
                 loss = session.objective(outputs, drawn.batch, drawn.tasks)
                 if drawn.extra is not None:
-                    loss = loss + self.learner.distil * F.mse_loss(outputs.logits.float(), drawn.extra)
+                    loss = loss + self.learner.distil * F.mse_loss(wide(outputs.logits), drawn.extra)
                 # Asked for by name, so that gradients of other weights are not even computed.
                 for parameter, gradient in zip(trained, torch.autograd.grad(loss, trained), strict=True):
                     parameter.grad = gradient
@@ -113,7 +111,7 @@ class _FPF(WithBuffer):
         session.model.train(was)
 
     def tensors(self) -> dict[str, Tensor]:
-        names = list(modules(self.previous))
+        names = sorted(modules(self.previous))  # files give tensors back in an order of their own
         dynamics = [[self.drift.get(m, 0.0), self.calm.get(m, 0.0), m in self.drift, m in self.calm] for m in names]
         return {
             **super().tensors(),
@@ -128,7 +126,7 @@ class _FPF(WithBuffer):
         self.previous = {n.removeprefix("previous:"): t for n, t in tensors.items() if n.startswith("previous:")}
         self.done = int(tensors["done"])
         for module, (drift, calm, moved, settled) in zip(
-            modules(self.previous), tensors["dynamics"].tolist(), strict=True
+            sorted(modules(self.previous)), tensors["dynamics"].tolist(), strict=True
         ):
             if moved:
                 self.drift[module] = drift

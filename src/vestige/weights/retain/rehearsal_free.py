@@ -17,7 +17,7 @@ from vestige.core.patch import Patch
 from vestige.errors import SpecError, UnsupportedModelError
 from vestige.weights.fisher import diagonal
 from vestige.weights.retain.learner import Batch, Learner, Running, snapshot
-from vestige.weights.retain.session import Session, is_classification, without_labels
+from vestige.weights.retain.session import Session, is_classification, wide, without_labels
 from vestige.weights.retain.stream import Experience
 
 __all__ = ["RehearsalFree"]
@@ -56,12 +56,12 @@ class _RehearsalFree(Running):
             raise SpecError(
                 f"head={self.learner.head!r} needs a stream that is split by class; allowed here: 'softmax'"
             )
-        logits = outputs.logits.float()
+        logits = wide(outputs.logits)
         own = sorted(set(session.experience.classes or ()) | set(batch["labels"].tolist()))
         place = torch.searchsorted(torch.tensor(own, device=logits.device), batch["labels"])
         if self.learner.head == "current":
             return F.cross_entropy(logits[:, own], place)
-        right = F.one_hot(place, len(own)).float()
+        right = F.one_hot(place, len(own)).to(logits)
         return F.binary_cross_entropy_with_logits(logits[:, own], right, reduction="none").sum(-1).mean()
 
     def loss(self, session: Session, batch: Batch, outputs: Any, loss: Tensor) -> Tensor:
@@ -73,7 +73,7 @@ class _RehearsalFree(Running):
             loss = loss + self.learner.prediction * self._distance(session, batch, outputs.logits, was.logits)
         if self.learner.feature:
             assert mine is not None and self.input_of_head is not None
-            gaps = (mine.float() - self.input_of_head.float()).square().sum(-1)
+            gaps = (wide(mine) - wide(self.input_of_head)).square().sum(-1)
             mask = batch.get("attention_mask") if gaps.ndim == 2 else None
             loss = loss + self.learner.feature * (gaps.mean() if mask is None else gaps[mask.bool()].mean())
         return loss
@@ -85,7 +85,7 @@ class _RehearsalFree(Running):
 
     def _distance(self, session: Session, batch: Batch, now: Tensor, then: Tensor) -> Tensor:
         """How far the answers on what was known have moved, mean over rows (or tokens)."""
-        now, then = now.float(), then.float()
+        now, then = wide(now), wide(then)
         if is_classification(batch) and session.stream.classes:
             now, then = now[:, self.old], then[:, self.old]
         if self.learner.head == "sigmoid":
@@ -140,6 +140,7 @@ class _RehearsalFree(Running):
         self.fisher = {n: keep * self.fisher[n] + f if n in self.fisher else f for n, f in new.items()}
 
     def finish(self, session: Session) -> None:
+        self.features = self.input_of_head = None
         if self.patch is not None:
             self.patch.undo()
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from vestige.weights.retain.stream import Experience, Stream
 
-__all__ = ["Collate", "Session", "is_classification"]
+__all__ = ["Collate", "Session", "is_classification", "wide", "without_labels"]
 
 
 class Collate:
@@ -106,7 +106,7 @@ class Session:
         if not is_classification(batch):
             return outputs.loss
         logits = self.allowed(outputs.logits, self.tasks if tasks is None else tasks)
-        return F.cross_entropy(logits.float(), batch["labels"], label_smoothing=self.args.label_smoothing_factor)
+        return F.cross_entropy(wide(logits), batch["labels"], label_smoothing=self.args.label_smoothing_factor)
 
     def allowed(self, logits: Tensor, tasks: Tensor) -> Tensor:
         """Logits (batch, classes) in which, in a task stream, only labels of a row's experience can win."""
@@ -147,6 +147,11 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for part, mode in modes.items():
             part.training = mode
+
+
+def wide(values: Tensor) -> Tensor:
+    """In float32 at least."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 def is_classification(batch: dict[str, Any]) -> bool:

@@ -121,6 +121,7 @@ class ContinualTrainer:
                 self._learn(session, running, experience, scores, folder)
         finally:
             running.finish(session)
+            vars(self.model).pop("_is_accelerate_prepared", None)
             for name, parameter in self.model.named_parameters():
                 parameter.requires_grad_(wanted.get(name, parameter.requires_grad))
         run = scores.run(running)
