@@ -148,7 +148,7 @@ class VestigeModel(VestigePreTrainedModel):
             past_key_values = self.new_state()
         if self.config.scale_embeddings:
             x = x * self.config.hidden_size**0.5
-        seen = (x,)
+        seen: tuple[Tensor, ...] = (x,)
         for block in self.layers:
             x = block(x, layout=layout, past_key_values=past_key_values)
             seen += (x,)

@@ -133,7 +133,8 @@ def _write(tokenizer: Any, length: int, chance: random.Random, keys: int, words:
             f"a text of {length} tokens is too short for {keys} pass keys of {words} words; "
             f"give lengths of {length - room} or more, or fewer keys"
         )
-    source, filler = sentences(haystack, chance.randrange(2**31)), []
+    source = sentences(haystack, chance.randrange(2**31))
+    filler: list[int] = []
     while len(filler) < room:
         filler += ids(" " + " ".join(next(source) for _ in range(8)))
     cuts = sorted(round(chance.uniform(*DEPTHS) * room) for _ in range(keys))

@@ -132,8 +132,9 @@ def learn(policy: HeadWindows, model: nn.Module) -> HeadWindows:
     given = {
         name: value for name in policy.parameters() if name not in policy.tables and (value := getattr(policy, name))
     }
-    how = getattr(reference_of(policy.name), "small_fit", dict)()
-    return type(policy).fit(model, parameters=given, **how).remember()
+    how: dict[str, Any] = getattr(reference_of(policy.name), "small_fit", dict)()
+    learns: Any = type(policy)
+    return learns.fit(model, parameters=given, **how).remember()
 
 
 def _changed(policy: CachePolicy, changes: dict[str, Any]) -> CachePolicy:

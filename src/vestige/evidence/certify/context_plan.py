@@ -224,7 +224,7 @@ def fitting_leaves_the_model_as_it_was(case: CacheCase) -> Seen:
         def stop(done: int, of: int) -> None:
             raise KeyboardInterrupt
 
-        how = getattr(context.reference_of(case.method.name), "small_fit", dict)()
+        how: dict[str, Any] = getattr(context.reference_of(case.method.name), "small_fit", dict)()
         with contextlib.suppress(KeyboardInterrupt):
             type(case.fitted).fit(model, parameters={"sinks": 2, "recent": 3}, progress=stop, **how)  # type: ignore[attr-defined]
         expect(not context.differences(before, context.snapshot(model)), "an interrupted fit changed the model")

@@ -123,6 +123,7 @@ def batches_and_repetitions_agree(case: HeadsCase) -> Seen:
     runs = [case.fitted.replace(batch=batch).measure(model, tokenizer) for batch in (1, 3, 3)]
     for other in runs[1:]:
         for mine, theirs in zip(runs[0].prompts, other.prompts, strict=True):
+            assert mine.places is not None and theirs.places is not None
             same = mine.said == theirs.said and np.array_equal(mine.places, theirs.places)
             expect(same and np.array_equal(mine.shares, theirs.shares), "batch size changes what is measured")
     return {"prompts": len(runs[0].prompts)}

@@ -162,8 +162,8 @@ def follow(
         limits = limits if rule is None else rule(seen)
         full = any(len(held[head]) > limit for head, limit in enumerate(limits))
         if share is not None and (full or (parts is not None and room == 0)):
-            rank = [ranks(head, allowed, seen, asked) for head in range(kv_heads)]
-            parts, parts_of = share(rank, allowed - room), allowed - room
+            ranked = [ranks(head, allowed, seen, asked) for head in range(kv_heads)]
+            parts, parts_of = share(ranked, allowed - room), allowed - room
             places = parts
         else:
             places = [limit - room for limit in limits]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -20,7 +20,8 @@ class MLPLayer(nn.Module):
     def __init__(self, channel: MLP, place: Place) -> None:
         super().__init__()
         width = channel.width or place.intermediate_size or 4 * place.hidden_size
-        self.activation = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}[channel.activation]
+        forms: dict[str, Any] = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}
+        self.activation = forms[channel.activation]
         self.up_proj = nn.Linear(place.hidden_size, width)
         self.down_proj = nn.Linear(width, place.hidden_size)
 

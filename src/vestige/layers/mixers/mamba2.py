@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -64,7 +65,7 @@ class Mamba2Layer(LinearLayer):
         scaled = (dt[..., None] * value).to(value.dtype)
         return Scan(c, b, scaled, -self.a_log.to(dt.dtype).exp() * dt, skip=value)
 
-    def chunked(self, inputs: Scan, layout: Layout, memory: Memory) -> Tensor:
+    def chunked(self, inputs: Any, layout: Layout, memory: Memory) -> Tensor:
         return super().chunked(inputs, layout, memory) + self.skip[:, None] * inputs.skip
 
     step = chunked

@@ -104,7 +104,8 @@ def recurrence(
         What was read, in the values' type, and the state after the last token (in :func:`exact`'s type).
     """
     if drive.v.shape[1] == 1 and starts is None:
-        out, state = step(replace(drive, **_token(drive)), state)
+        token: dict[str, Any] = _token(drive)
+        out, state = step(replace(drive, **token), state)
         return out[:, None], state
     from vestige.layers.ops.fla import fla_recurrence
 

@@ -31,7 +31,9 @@ class Rows(Dataset):
         without: a column that is not for the model.
     """
 
-    def __init__(self, source: Any, rows: Sequence[int] | np.ndarray, task: int, inputs: str, without: str | None = None) -> None:
+    def __init__(
+        self, source: Any, rows: Sequence[int] | np.ndarray, task: int, inputs: str, without: str | None = None
+    ) -> None:
         self.source, self.inputs, self.task, self.without = source, inputs, task, without
         self.rows = np.asarray(rows, dtype=np.int64)
 
