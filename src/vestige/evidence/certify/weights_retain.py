@@ -151,6 +151,9 @@ def weights_are_the_references(case: LearnerCase) -> Seen:
             )
         )
     values = {name: getattr(learner, name) for name in learner.parameters()}
+    if case.method.needs_general:
+        images, labels = case.general().tensors
+        values["general"] = Experience(images.double().to(case.device), labels.to(case.device))
     net = Net(small_vit(0).double().to(case.device).eval())
     due = module.learn(net, start, parts, lr=RATE, epochs=EPOCHS, **values)  # type: ignore[union-attr]
     args = case.args(
@@ -163,8 +166,8 @@ def weights_are_the_references(case: LearnerCase) -> Seen:
         num_train_epochs=EPOCHS,
     )
     case.learn(learner, model, stream, args, collator=_double)
-    worst = max(float((p - due[name]).abs().max()) for name, p in model.named_parameters())
-    moved = max(float((p - start[name]).abs().max()) for name, p in model.named_parameters())
+    worst = max(float((p.detach() - due[name]).abs().max()) for name, p in model.named_parameters())
+    moved = max(float((p.detach() - start[name]).abs().max()) for name, p in model.named_parameters())
     expect(worst <= EXACT, f"weights differ from the reference by {worst:.3g}, having moved by {moved:.3g}")
     return {"largest difference": worst, "largest movement": moved}
 
