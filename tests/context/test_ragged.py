@@ -96,7 +96,13 @@ def test_segments_of_one_size_lie_side_by_side():
     segments = Segments((5, 2, 5, 2, 7))
     assert segments.order == (1, 3, 0, 2, 4)
     assert segments.offsets == (4, 0, 9, 2, 14)
-    assert segments.groups == ((2, 2), (2, 5), (1, 7))
+    assert [(run.first, run.begin, run.size, run.heads) for run in segments.runs] == [
+        (0, 0, 2, (1, 3)),
+        (2, 4, 5, (0, 2)),
+        (4, 14, 7, (4,)),
+    ]
+    flat = torch.arange(segments.total)
+    assert segments.runs[1].of(flat).tolist() == [[4, 5, 6, 7, 8], [9, 10, 11, 12, 13]]
     assert segments.total == 21
 
 

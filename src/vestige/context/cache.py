@@ -248,7 +248,7 @@ class KeptLayer(CacheLayerMixin):
         return (self.positions[:, 0] != EMPTY).sum(dim=1).tolist()
 
     def settle(self, step: Step) -> None:
-        """Drop what the budget does not allow at the end of a chunk."""
+        """Drop what the budget does not allow once a chunk has been attended to."""
         if step.allowed is not None:
             self.keep(step.allowed)
 

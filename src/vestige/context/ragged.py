@@ -30,7 +30,33 @@ from torch import Tensor
 from vestige.context.cache import EMPTY, ROOM, KeptLayer, Step
 from vestige.errors import InputError
 
-__all__ = ["Aligned", "RaggedLayer", "Segments"]
+__all__ = ["Aligned", "RaggedLayer", "Run", "Segments"]
+
+
+@dataclass(frozen=True)
+class Run:
+    """Segments of one size, one after the other.
+
+    Attributes:
+        first: place of the first in the order of all.
+        begin: slot at which it begins.
+        size: slots of each.
+        heads: the numbers of the heads they are of.
+    """
+
+    first: int
+    begin: int
+    size: int
+    heads: tuple[int, ...]
+
+    @property
+    def among(self) -> slice:
+        """Their places in the order of all."""
+        return slice(self.first, self.first + len(self.heads))
+
+    def of(self, flat: Tensor) -> Tensor:
+        """Their slots of a flat tensor, ``(heads, size, ...)``, not copied."""
+        return flat[self.begin : self.begin + len(self.heads) * self.size].unflatten(0, (len(self.heads), self.size))
 
 
 @dataclass(frozen=True)
@@ -41,7 +67,7 @@ class Segments:
         sizes: slots of each head's segment.
         order: the numbers of the heads as their segments follow one another, the smallest segments first.
         offsets: where each head's segment begins.
-        groups: runs of equal segments: how many there are, and their size.
+        runs: segments of one size that follow one another.
     """
 
     sizes: tuple[int, ...]
@@ -58,9 +84,13 @@ class Segments:
         return tuple(begins[head] for head in range(len(self.sizes)))
 
     @functools.cached_property
-    def groups(self) -> tuple[tuple[int, int], ...]:
-        runs = itertools.groupby(self.sizes[head] for head in self.order)
-        return tuple((len(list(run)), size) for size, run in runs)
+    def runs(self) -> tuple[Run, ...]:
+        found, first, begin = [], 0, 0
+        for size, run in itertools.groupby(self.order, key=self.sizes.__getitem__):
+            heads = tuple(run)
+            found.append(Run(first, begin, size, heads))
+            first, begin = first + len(heads), begin + size * len(heads)
+        return tuple(found)
 
     @property
     def total(self) -> int:
@@ -87,6 +117,7 @@ class RaggedLayer(KeptLayer):
         self.aside = origin.aside
         self.granted: Sequence[int] = ()
         self.granted_of: Sequence[int] = ()
+        self._index: tuple[Tensor, Tensor] | None = None  # of _slot_index(), for the time of one pass
 
     @classmethod
     def pack(
@@ -110,7 +141,7 @@ class RaggedLayer(KeptLayer):
 
     def _lay(self, used: tuple[int, ...], sizes: tuple[int, ...] | None = None) -> None:
         """Say where the segments lie and how much of them is in use."""
-        self.used, self.segments = used, Segments(sizes or used)
+        self.used, self.segments, self._index = used, Segments(sizes or used), None
         self.offsets = torch.tensor(self.segments.offsets, dtype=torch.int32, device=self.device)
         self.lengths = torch.tensor(used, dtype=torch.int32, device=self.device)
         self.order = torch.tensor(self.segments.order, device=self.device)
@@ -171,19 +202,22 @@ class RaggedLayer(KeptLayer):
         else:
             slot = self._victims(step, grows)
             if any(grows):
-                slot = torch.where(torch.tensor(grows, device=self.device), self.lengths, slot)
+                slot = torch.where(_flags(tuple(grows), self.device), self.lengths, slot)
         where = (self.offsets + slot).long()
         if not all(grows):
             self._lose(where, grows)
         self.keys.index_copy_(0, where, keys.flatten(0, 2))
         self.values.index_copy_(0, where, values.flatten(0, 2))
         assert self.positions is not None
-        self.positions.index_copy_(0, where, self._new_positions(step).flatten())
+        if min(step.real) == max(step.real):
+            self.positions.index_fill_(0, where, step.real[0] - 1)
+        else:
+            self.positions.index_copy_(0, where, self._new_positions(step).flatten())
         for tensor in self.state.values():
             tensor.index_fill_(0, where, 0)
         if any(grows):
-            self.used = tuple(used + grow for used, grow in zip(self.used, grows, strict=True))
-            self.lengths += 1 if all(grows) else torch.tensor(grows, dtype=torch.int32, device=self.device)
+            self.used, self._index = tuple(used + grow for used, grow in zip(self.used, grows, strict=True)), None
+            self.lengths += 1 if all(grows) else _flags(tuple(grows), self.device)
 
     def _lose(self, where: Int[Tensor, " heads"], grows: list[bool]) -> None:
         """Tell the policy of the entries in whose place new ones are about to be written."""
@@ -194,7 +228,7 @@ class RaggedLayer(KeptLayer):
         def by_head(flat: Tensor) -> Tensor:
             return flat.view(self.rows, self.kv_heads, 1, *flat.shape[1:])
 
-        gone = torch.tensor([not grow for grow in grows], device=self.device)
+        gone = ~_flags(tuple(grows), self.device)
         ranking.lose(self, by_head(self.keys[where]), by_head(self.values[where]), by_head(gone))
 
     def _make_room(self, step: Step, grows: list[bool], bounded: bool) -> None:
@@ -236,34 +270,34 @@ class RaggedLayer(KeptLayer):
         """The slot, within its segment, that each head gives up which does not grow."""
         ranking = self._ranking
         if not ranking.by_age:
-            rank = self._rank(self._allowed(step.allowed or [], step.real), step.real, empty=float("inf"))
+            rank = self.entries._rank(self._allowed(step.allowed or [], step.real), step.real, empty=float("inf"))
             return rank.argmin(dim=2).flatten()
         assert self.positions is not None
         oldest = []
-        for first, begin, count, size in self.groups():
-            if all(grows[head] for head in self.segments.order[first : first + count]):
-                oldest.append(self.order.new_zeros(count))
+        for run in self.segments.runs:
+            if all(grows[head] for head in run.heads):
+                oldest.append(self.order.new_zeros(len(run.heads)))
                 continue
-            positions = self.positions[begin : begin + count * size].view(count, size)
+            positions = run.of(self.positions)
             # Empty slots, and what stands for no single token, have negative positions.
             spared = positions < ranking.sinks
             oldest.append(positions.masked_fill(spared, torch.iinfo(torch.int32).max).argmin(dim=1))
         return torch.cat(oldest)[self.inverse]
 
-    def groups(self) -> list[tuple[int, int, int, int]]:
-        """Runs of equal segments: the place in ``order`` of the first, where it begins, how many, their size."""
-        found, first, begin = [], 0, 0
-        for count, size in self.segments.groups:
-            found.append((first, begin, count, size))
-            first, begin = first + count, begin + count * size
-        return found
-
     def _slot_index(self) -> tuple[Int[Tensor, "rows kv slots"], Bool[Tensor, "rows kv slots"]]:
         """The flat slot of every head's entries, side by side, and which of them are in use."""
-        step = torch.arange(self.slots, device=self.device)
-        used = (step < self.lengths[:, None]).view(self.rows, self.kv_heads, -1)
-        flat = (self.offsets[:, None] + step).clamp_(max=self.segments.total - 1).view(used.shape)
-        return flat.long(), used
+        if self._index is not None:
+            return self._index
+        slot = torch.arange(self.slots, device=self.device)
+        used = (slot < self.lengths[:, None]).view(self.rows, self.kv_heads, -1)
+        flat = (self.offsets[:, None] + slot).clamp_(max=self.segments.total - 1).view(used.shape)
+        if self.cache.step is not None:
+            self._index = flat, used
+        return flat, used
+
+    def let_go(self) -> None:
+        """Forget what was worked out for one pass."""
+        self._index = None
 
     def _positions(self, count: int) -> Int[Tensor, "rows kv slots"]:
         assert self.positions is not None
@@ -325,7 +359,6 @@ class Aligned(KeptLayer):
         self._room: dict[str, Tensor] = {}
         self.aside = origin.aside
         self.state = {name: self._aligned(tensor) for name, tensor in origin.state.items()}
-        self.positions = self._aligned(origin.positions, EMPTY)
 
     @property
     def slots(self) -> int:
@@ -338,6 +371,11 @@ class Aligned(KeptLayer):
     @functools.cached_property
     def values(self) -> Float[Tensor, "rows kv slots dim"]:  # type: ignore[override]
         return self._aligned(self.origin.values)
+
+    @functools.cached_property
+    def positions(self) -> Int[Tensor, "rows kv slots"]:  # type: ignore[override]
+        assert self.origin.positions is not None
+        return self._aligned(self.origin.positions, EMPTY)
 
     def _aligned(self, flat: Tensor, empty: int = 0) -> Tensor:
         unused = ~self._used if flat.dim() == 1 else ~self._used[..., None]
@@ -398,3 +436,10 @@ class _Whole(KeptLayer):
         assert held is not None
         parted = RaggedLayer.pack(self, held, self._origin.granted, self._origin.granted_of)
         self.cache.layers[self.index] = parted
+
+
+@functools.lru_cache(maxsize=256)
+def _flags(flags: tuple[bool, ...], device: torch.device) -> Bool[Tensor, " heads"]:
+    """The same flags come step after step; making a tensor of them each time would cost a transfer."""
+    with torch.inference_mode(False):
+        return torch.tensor(flags, device=device)

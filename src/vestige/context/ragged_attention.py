@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Bool, Float
@@ -59,6 +59,7 @@ def attend_ragged(
     rows, heads, _, dim = look.query.shape
     plain = look.softcap is None and look.window is None and not policy.needs_attention
     if look.query.is_cuda and plain and look.query.dtype != torch.float64 and StandIn.of(policy, layer, look) is None:
+        layer.let_go()
         return _attend_flat(look, layer)
     group = heads // layer.kv_heads
     query = look.query.reshape(rows * layer.kv_heads, group, dim)[layer.order]
@@ -67,39 +68,35 @@ def attend_ragged(
     if stand_in is not None:
         parts = (stand_in.key, stand_in.value, stand_in.weight)
         stand_in = StandIn(*(part.flatten(0, 1)[layer.order] for part in parts))
-    outputs, shares = [], []
-    for first, begin, count, size in layer.groups():
-        used = [layer.used[head] for head in layer.segments.order[first : first + count]]
+    outputs, received = [], None
+    if policy.needs_attention:
+        exact = torch.promote_types(query.dtype, torch.float32)
+        received = query.new_zeros(len(query), group, layer.slots, dtype=exact)
+    for run in layer.segments.runs:
+        used = [layer.used[head] for head in run.heads]
         reach = max(used)
-
-        def segment(flat: Tensor, begin: int = begin, count: int = count, size: int = size, reach: int = reach) -> Any:
-            return flat[begin : begin + count * size].unflatten(0, (count, size))[:, :reach]
-
         mask = None
         if min(used) < reach:
-            lengths = layer.lengths[layer.order[first : first + count]]
-            mask = torch.arange(reach, device=layer.device) < lengths[:, None]
+            mask = torch.arange(reach, device=layer.device) < layer.lengths[layer.order[run.among], None]
         if oldest is not None:
             bound = oldest
             if isinstance(oldest, Tensor):
-                bound = oldest.flatten()[layer.order[first : first + count] // layer.kv_heads][:, None]
-            near = segment(layer.positions) >= bound
+                bound = oldest.flatten()[layer.order[run.among] // layer.kv_heads][:, None]
+            near = run.of(layer.positions)[:, :reach] >= bound
             mask = near if mask is None else mask & near
-        among = slice(first, first + count)
         other = None
         if stand_in is not None:
-            other = StandIn(stand_in.key[among], stand_in.value[among], stand_in.weight[among])
-        output, share = _attend_group(
-            query[among], segment(layer.keys), segment(layer.values), mask, look, policy.needs_attention, other
-        )
+            other = StandIn(stand_in.key[run.among], stand_in.value[run.among], stand_in.weight[run.among])
+        keys, values = run.of(layer.keys)[:, :reach], run.of(layer.values)[:, :reach]
+        output, share = _attend_group(query[run.among], keys, values, mask, look, policy.needs_attention, other)
         outputs.append(output)
-        if share is not None:
-            shares.append(torch.nn.functional.pad(share, (0, layer.slots - reach)))
-    if shares:
+        if received is not None:
+            received[run.among, :, :reach] = share
+    if received is not None:
         entries = layer.entries
-        received = torch.cat(shares)[layer.inverse].unflatten(0, (rows, layer.kv_heads))
-        policy.receive(entries, received, step)
+        policy.receive(entries, received[layer.inverse].unflatten(0, (rows, layer.kv_heads)), step)
         entries.commit()
+    layer.let_go()
     return torch.cat(outputs)[layer.inverse].reshape(rows, 1, heads, -1)
 
 

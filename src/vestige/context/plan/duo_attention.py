@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+import functools
+from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
 
 from vestige.context.plan.windows import HeadWindows, Table, highest
 from vestige.core.method import Paper, param
@@ -59,9 +60,9 @@ class DuoAttention(HeadWindows):
         """
         from vestige.context.plan.distil import learn_gates
 
-        return learn_gates(cls(**(parameters or {})), model, tokenizer, **how)
+        return cast("Self", learn_gates(cls(**(parameters or {})), model, tokenizer, **how))
 
-    @property
+    @functools.cached_property
     def retrieval(self) -> tuple[tuple[bool, ...], ...]:
         """Which heads of each layer keep everything."""
         return highest(self.gates, self.share)

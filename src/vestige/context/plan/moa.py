@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
 
 from vestige.context.plan.windows import HeadWindows, Table
 from vestige.core.anatomy import Anatomy
@@ -61,7 +61,7 @@ class MoA(HeadWindows):
         """
         from vestige.context.plan.rules import choose_rules
 
-        return choose_rules(cls(**(parameters or {})), model, tokenizer, **how)
+        return cast("Self", choose_rules(cls(**(parameters or {})), model, tokenizer, **how))
 
     def on(self, anatomy: Anatomy) -> Self:
         found = None if self.fitted else self.known(anatomy)

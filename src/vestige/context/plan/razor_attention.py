@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -91,7 +92,7 @@ class RazorAttention(HeadWindows):
     def needs_lost(self) -> bool:  # type: ignore[override]
         return self.compensate
 
-    @property
+    @functools.cached_property
     def retrieval(self) -> tuple[tuple[bool, ...], ...]:
         """Which heads of each layer keep everything."""
         by_induction = highest(self.induction, self.induction_share)
@@ -119,13 +120,11 @@ class RazorAttention(HeadWindows):
             kept["dropped"] = torch.zeros(gone.shape[:2], dtype=exact, device=gone.device)
             kept["mean_key"] = keys.new_zeros(*gone.shape[:2], keys.shape[3], dtype=exact)
             kept["mean_value"] = values.new_zeros(*gone.shape[:2], values.shape[3], dtype=exact)
-        more = gone.sum(dim=2)
-        kept["dropped"] = kept["dropped"] + more
+        kept["dropped"] = kept["dropped"] + gone.sum(dim=2)
         share = gone.to(exact) / kept["dropped"].clamp_min(1)[..., None]
+        before = 1 - share.sum(dim=2, keepdim=True)
         for name, new in (("mean_key", keys), ("mean_value", values)):
-            mean = kept[name]
-            added = (share[:, :, None] @ new.to(exact)).squeeze(2)
-            kept[name] = mean * (1 - share.sum(dim=2, keepdim=True)) + added
+            kept[name] = before * kept[name] + (share[:, :, None] @ new.to(exact)).squeeze(2)
 
     def stand_in(self, entries: KeptLayer) -> StandIn | None:
         kept = entries.aside

@@ -6,7 +6,6 @@ hyper-parameters like any other, so a plan with its tables is one object that ca
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import os
@@ -194,7 +193,6 @@ def table(values: Tensor, digits: int = 5) -> Table:
     return tuple(tuple(round(float(value), digits) for value in row) for row in values.tolist())
 
 
-@functools.lru_cache(maxsize=256)
 def highest(values: Table, share: float) -> tuple[tuple[bool, ...], ...]:
     """The ``share`` of all heads with the highest values; of equal ones the earlier."""
     heads = [(value, layer, head) for layer, row in enumerate(values) for head, value in enumerate(row)]
