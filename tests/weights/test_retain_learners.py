@@ -1,0 +1,233 @@
+"""Learners one by one: what their certificates do not look at."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+
+import vestige
+from tests.weights.common import arguments, blobs, learn, stream, vit
+from vestige.core.anatomy import Anatomy
+from vestige.errors import InputError, SpecError
+from vestige.weights.fisher import diagonal
+from vestige.weights.retain import Stream
+from vestige.weights.retain.adaptive_svd import project, ranks, within
+from vestige.weights.retain.buffer import Buffer
+from vestige.weights.retain.gere import margin_loss
+from vestige.weights.retain.session import Collate, Session
+
+
+def session(on: Stream | None = None) -> Session:
+    from transformers import DefaultDataCollator
+
+    return Session(vit(), on or stream(), arguments(), Collate(DefaultDataCollator()))
+
+
+def filled(selection: str, size: int, rows: list[tuple[int, int]], seed: int = 0) -> Buffer:
+    found, buffer = session(), Buffer(size, selection)
+    found.generator.manual_seed(seed)
+    for index, task in rows:
+        buffer.insert(found, index, task)
+    return buffer
+
+
+def everything() -> list[tuple[int, int]]:
+    return [(int(row), e.index) for e in stream() for row in e.train.rows]
+
+
+def test_a_reservoir_keeps_every_row_equally_often():
+    from scipy.stats import chisquare
+
+    rows = everything()
+    place = {tuple(blobs()[i][0].flatten()[:4].tolist()): i for i, _ in rows}
+    counts = Counter()
+    for seed in range(120):
+        held = filled("reservoir", 12, rows, seed).examples
+        counts.update(place[tuple(row["pixel_values"].flatten()[:4].tolist())] for row in held)
+    assert sum(counts.values()) == 12 * 120
+    assert chisquare([counts[i] for i, _ in rows]).pvalue > 1e-3
+
+
+def test_balanced_buffers_differ_by_one_per_group():
+    counts = Counter(filled("class-balanced", 15, everything()).groups)
+    assert sorted(counts.values()) == [2, 2, 2, 3, 3, 3]
+    counts = Counter(filled("experience-balanced", 16, everything()).groups)
+    assert sorted(counts.values()) == [5, 5, 6]
+
+
+def test_a_buffer_owns_its_examples_and_comes_back_from_tensors():
+    buffer = filled("reservoir", 5, everything())
+    assert all(t.untyped_storage().nbytes() == t.nbytes for row in buffer.examples for t in row.values())
+    again = Buffer(5)
+    again.load(buffer.tensors())
+    assert again.keys == buffer.keys
+    one, other = session(), session()
+    assert all(torch.equal(buffer.draw(one, 3).batch[k], again.draw(other, 3).batch[k]) for k in ("labels",))
+
+
+def test_class_balance_needs_one_label_per_row():
+    class Text(torch.utils.data.Dataset):
+        def __len__(self):
+            return 3
+
+        def __getitem__(self, n):
+            return {"input_ids": torch.arange(4), "labels": torch.arange(4)}
+
+    found = session(Stream.of([(Text(), Text())]))
+    with pytest.raises(InputError, match="experience-balanced"):
+        Buffer(2, "class-balanced").insert(found, 0, 0)
+
+
+def test_fisher_is_of_rows_and_not_of_batches():
+    model, images = vit().double().eval(), blobs(6).tensors
+
+    def loss(outputs, batch):
+        return torch.nn.functional.cross_entropy(outputs, batch["labels"])
+
+    class Plain(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = model
+
+        def forward(self, pixel_values, labels):
+            return self.inner(pixel_values).logits
+
+    wrapped = Plain()
+    weights = dict(wrapped.named_parameters())
+    batches = [
+        {"pixel_values": images[0][part].double(), "labels": images[1][part]} for part in (slice(4), slice(4, 6))
+    ]
+    found = diagonal(wrapped, batches, loss, weights, chunk=3)
+    total = {name: torch.zeros_like(p) for name, p in weights.items()}
+    for x, y in zip(*images, strict=True):
+        value = torch.nn.functional.cross_entropy(model(x[None].double()).logits, y[None])
+        for name, slope in zip(
+            weights, torch.autograd.grad(value, list(weights.values()), allow_unused=True), strict=True
+        ):
+            total[name] += 0 if slope is None else slope**2 / 6
+    for name in weights:
+        assert torch.allclose(found[name], total[name], atol=1e-12), name
+
+
+@pytest.mark.parametrize("terms", [{"l2": 0.1}, {"ewc": 1.0}, {"l2": 0.1, "feature": 0.1}])
+@pytest.mark.parametrize("head", ["softmax", "current"])
+def test_every_rehearsal_free_form_agrees_with_its_reference(terms, head):
+    from vestige.evidence.certify.weights_retain import LearnerCase, weights_are_the_references
+
+    learner = vestige.method("rehearsal-free", **{"prediction": 0.5, **terms, "head": head, "from_start": True})
+
+    class Case(LearnerCase):
+        fitted = learner
+
+    weights_are_the_references(Case(method=learner))
+
+
+def test_attention_only_trains_projections_and_head_and_gives_the_rest_back():
+    learner = vestige.method("rehearsal-free", attention_only=True, l2=0.1, prediction=0, head="current")
+    model, before = vit(), vit()
+    learn(learner, model)
+    changed = {
+        n for (n, p), q in zip(model.named_parameters(), before.parameters(), strict=True) if not torch.equal(p, q)
+    }
+    assert changed == {
+        n
+        for n, _ in model.named_parameters()
+        if any(k in n for k in ("q_proj.w", "k_proj.w", "v_proj.w", "classifier"))
+    }
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_rehearsal_free_without_terms_and_der_on_text_are_refused():
+    with pytest.raises(SpecError, match="every term has the weight 0"):
+        vestige.method("rehearsal-free", prediction=0)
+    with pytest.raises(SpecError, match="cannot be combined with 'adaptive-svd': each needs weights"):
+        vestige.method("rehearsal-free", attention_only=True, head="softmax") + vestige.method("adaptive-svd")
+
+
+def test_adaptive_svd_holds_its_directions_under_adam_with_decay():
+    model = vit()
+    start: dict[str, torch.Tensor] = {}
+    learner = vestige.method("adaptive-svd", from_start=True, frozen=0.5)
+    for layer in Anatomy.of(model).layers:
+        start[layer.index] = layer.up.weight.detach().clone()
+    learn(learner, model, on=stream(experiences=1), args=arguments(weight_decay=0.1))
+    for layer in Anatomy.of(model).layers:
+        U, _, Vh = torch.linalg.svd(start[layer.index])
+        moved = layer.up.weight.detach() - start[layer.index]
+        k = min(moved.shape) // 2
+        assert float(moved.norm()) > 1e-2
+        assert float((U[:, :k].T @ moved @ Vh[:k].T).norm()) < 1e-4 * float(moved.norm())
+
+
+def test_ranks_and_projections():
+    found = ranks({"a": 0.5, "b": 1.5}, {"a": 10, "b": 10}, least=0.1, most=0.5)
+    assert found == {"a": 3, "b": 7}
+    assert ranks({"a": 1.0, "b": 1.0}, {"a": 4, "b": 4}, least=0.0, most=1.0) == {"a": 3, "b": 3}
+    torch.manual_seed(0)
+    W, G = torch.randn(2, 6, 4, dtype=torch.float64)
+    U, S, Vh = torch.linalg.svd(W, full_matrices=False)
+    U, S, V = U[:, :2], S[:2], Vh[:2].T
+    assert torch.allclose(U.T @ project(G, U, V) @ V, torch.zeros(2, 2, dtype=torch.float64), atol=1e-12)
+    assert torch.allclose(within(W + G, U, S, V), W + project(G, U, V), atol=1e-12)
+
+
+def test_fpf_names_the_modules_that_it_fine_tunes():
+    run, _ = learn(vestige.method("fpf", size=20, steps=2, share=0.5), args=arguments(num_train_epochs=3))
+    scores = run.report["sensitivity"]
+    taken = run.report["fine-tuned"]
+    assert list(scores.values()) == sorted(scores.values(), reverse=True)
+    assert taken == list(scores)[: len(taken)]
+    assert 0 < len(taken) < len(scores)
+    assert sum(scores[m] for m in taken) >= 0.5 * sum(scores.values())
+
+
+def test_k_fpf_fine_tunes_so_often_and_keeps_logits_when_it_distils():
+    from unittest import mock
+
+    from vestige.weights.retain import fpf
+
+    with mock.patch.object(fpf._FPF, "_burst", autospec=True, side_effect=fpf._FPF._burst) as burst:
+        learn(vestige.method("fpf", size=20, steps=1, bursts=4, distil=0.5))
+    assert burst.call_count == 4
+    buffer = burst.call_args.args[0].buffer
+    assert all(row["extra"].shape == (6,) for row in buffer.examples)
+
+
+def test_margin_loss_counts_only_what_has_left_its_state():
+    low, high = torch.tensor([-1.0, -1.0]), torch.tensor([1.0, 1.0])
+    code = torch.tensor([[1, -1], [0, 0]])
+    assert margin_loss(torch.tensor([[2.0, -3.0], [0.5, 1.0]]), code, low, high) == 0
+    h = torch.tensor([[0.5, -3.0], [1.5, -2.0]])
+    assert margin_loss(h, code, low, high) == pytest.approx((0.5 + 0.5 + 1.0) / 3)
+    assert margin_loss(h, code, low, high, violated_only=False) == pytest.approx(2.0 / 4)
+
+
+def test_gere_on_text_leaves_padding_out():
+    from vestige.models.tiny import tiny_model
+
+    class Text(torch.utils.data.Dataset):
+        def __init__(self, pad):
+            self.ids = torch.randint(3, 97, (6, 8), generator=torch.Generator().manual_seed(1))
+            self.pad = pad
+
+        def __len__(self):
+            return len(self.ids)
+
+        def __getitem__(self, n):
+            ids = torch.cat([torch.zeros(self.pad, dtype=torch.long), self.ids[n]])
+            mask = (torch.arange(len(ids)) >= self.pad).long()
+            return {"input_ids": ids, "attention_mask": mask, "labels": torch.where(mask.bool(), ids, -100)}
+
+    found = []
+    for pad in (0, 3):
+        text = Text(pad)
+        learner = vestige.method("gere", samples=4).run_state()
+        model = tiny_model("gpt-neox", seed=1)
+        where = Session(model, Stream.of([(text, text)]), arguments(), session().collate, text)
+        learner.start(where)
+        learner.finish(where)
+        found.append(torch.cat(learner.codes))
+        assert learner.codes[0].shape == (8, 32)
+    assert (found[0] != found[1]).float().mean() < 0.01
