@@ -8,6 +8,8 @@ numerical device that the equations do not need. The functions that it must offe
   see :mod:`vestige.evidence.references.caching`. One whose layers depend on one another names the arguments
   ``layer``, ``layers`` (their number) and ``below`` (the traces of the layers so far, by layer). ``SMALL`` there holds
   hyper-parameters for which the method has something to do on prompts of a few dozen tokens, where its own would not.
+- mixers and channel mixers (room ``layers``): ``mix(x, weights, place, **hyper-parameters) -> y``;
+  see :mod:`vestige.evidence.references.mixing`.
 """
 
 from __future__ import annotations

@@ -36,7 +36,10 @@ class MLP(Channel):
     paper = Paper(
         title="Attention Is All You Need", year=2017, arxiv="1706.03762", venue="NeurIPS 2017", equations="equation 2"
     )
-    verdict = Verdict("not yet checked", "")
+    verdict = Verdict(
+        "not checkable here",
+        "It is the baseline of its kind; there is nothing to compare it with.",
+    )
     layer = MLPLayer
 
     activation: Literal["gelu", "relu", "silu"] = param("gelu", "the nonlinearity; the paper's is relu")

@@ -24,7 +24,7 @@ def taylor_features(x: Tensor) -> Tensor:
     """
     dim = x.shape[-1]
     row, column = torch.triu_indices(dim, dim, device=x.device)
-    once = torch.where(row == column, 0.5**0.5, 1.0).to(x.dtype)
+    once = x.new_ones(len(row)).masked_fill(row == column, 0.5**0.5)
     squares = x[..., row] * x[..., column] * (once * dim**-0.5)
     return torch.cat([torch.ones_like(x[..., :1]), x * dim**-0.25, squares], -1)
 
@@ -66,7 +66,11 @@ class Based(LinearMixer):
         code="https://github.com/HazyResearch/based",
         equations="section 4.1, equations 4 and 5",
     )
-    verdict = Verdict("not yet checked", "")
+    verdict = Verdict(
+        "reproduced",
+        "Recall of a dozen pairs rises with the width of the features, 1, 2, 4: 0.43, 0.63, 0.96, with 0.4, "
+        "0.9, 2.2 kB of state (3 seeds).",
+    )
     layer = BasedLayer
 
     feature_dim: int = param(16, "width of queries and keys before the expansion, per head", ge=1)

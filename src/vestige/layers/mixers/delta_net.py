@@ -88,5 +88,9 @@ class DeltaNet(DeltaRuleMixer):
         code="https://github.com/fla-org/flash-linear-attention",
         equations="sections 2.2, 3.2 and 3.3 (the WY form); the rule is that of arXiv 2102.11174",
     )
-    verdict = Verdict("not yet checked", "")
+    verdict = Verdict(
+        "reproduced",
+        "Of eight keys written twice the new value is recalled at 1.00; by gated linear attention at 0.44 to "
+        "0.85 (3 seeds). Language modelling at scale was not looked at.",
+    )
     layer = DeltaNetLayer

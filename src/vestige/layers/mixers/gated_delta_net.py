@@ -56,7 +56,11 @@ class GatedDeltaNet(DeltaRuleMixer):
         code="https://github.com/NVlabs/GatedDeltaNet",
         equations="equation 10; section 3.3 (the chunked form); section 3.4",
     )
-    verdict = Verdict("not yet checked", "")
+    verdict = Verdict(
+        "reproduced",
+        "Of keys written twice the new value is recalled at 0.92 to 1.00; by Mamba-2 at 0.50 to 0.82 with a "
+        "state no smaller (3 seeds). Language modelling at scale was not looked at.",
+    )
     layer = GatedDeltaNetLayer
 
     expand_k: float = param(0.75, "width of all keys over the hidden size", gt=0)

@@ -71,5 +71,9 @@ class HGRN2(LinearMixer):
         code="https://github.com/OpenNLPLab/HGRN2",
         equations="section 3.2, equations 6 and 7",
     )
-    verdict = Verdict("not yet checked", "")
+    verdict = Verdict(
+        "reproduced",
+        "Of keys written twice the new value is recalled at 0.92 to 0.95; by linear attention at 0.54 to 0.56"
+        " (3 seeds). Language modelling at scale was not looked at.",
+    )
     layer = HGRN2Layer

@@ -84,7 +84,12 @@ class LightningAttention(FixedDecayMixer):
         code="https://github.com/OpenNLPLab/lightning-attention",
         equations="sections 3.2 (algorithms 1 and 2) and 4.1",
     )
-    verdict = Verdict("not yet checked", "")
+    verdict = Verdict(
+        "reproduced",
+        "Operations per token are the same at 256 and 2048 tokens (softmax attention's grow 6.6 times); of "
+        "keys written twice the new value is recalled at 0.91 to 0.95, by linear attention at 0.54 to 0.56 (3"
+        " seeds).",
+    )
     layer = LightningAttentionLayer
 
     rank: int = param(16, "rank of the output gate", ge=1)

@@ -64,7 +64,11 @@ class LinearAttention(LinearMixer):
         code="https://github.com/idiap/fast-transformers",
         equations="equations 7 and 9 to 12",
     )
-    verdict = Verdict("not yet checked", "")
+    verdict = Verdict(
+        "reproduced",
+        "With 24 tokens of noise between, four pairs are recalled at 1.00; by a sliding window that takes as "
+        "many bytes at 0.38 to 0.47 (3 seeds).",
+    )
     layer = LinearAttentionLayer
 
     eps: float = param(1e-6, "added to the sum of the weights", gt=0)

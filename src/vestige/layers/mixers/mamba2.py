@@ -93,7 +93,11 @@ class Mamba2(RecurrentMixer):
         code="https://github.com/state-spaces/mamba",
         equations="section 2, equation 2; section 6 (the chunked form); section 7.1",
     )
-    verdict = Verdict("not yet checked", "")
+    verdict = Verdict(
+        "reproduced",
+        "Of keys written twice the new value is recalled at 0.89 to 0.98; by linear attention at 0.52 to 0.59"
+        " (3 seeds). Speed against the first Mamba was not looked at.",
+    )
     layer = Mamba2Layer
 
     expand: float = param(2.0, "width of all heads over the hidden size", gt=0)

@@ -68,6 +68,10 @@ class Softmax(AttentionMixer):
         code="https://github.com/tensorflow/tensor2tensor",
         equations="equation 1; rotary positions of arXiv 2104.09864, grouped queries of arXiv 2305.13245",
     )
-    verdict = Verdict("not yet checked", "")
+    verdict = Verdict(
+        "reproduced",
+        "Of 24 pairs, after 150 training steps, 0.99 to 1.00 are recalled by one layer; by linear attention, "
+        "at the same width, 0.42 to 0.44 (3 seeds).",
+    )
     attends = True
     layer = SoftmaxLayer

@@ -71,7 +71,12 @@ class TransNormerLLM(FixedDecayMixer):
         code="https://github.com/OpenNLPLab/TransnormerLLM",
         equations="sections 3.2.1 to 3.2.4",
     )
-    verdict = Verdict("not yet checked", "")
+    verdict = Verdict(
+        "reproduced",
+        "Operations per token are the same at 256 and 2048 tokens (softmax attention's grow 6.6 times); of "
+        "keys written twice the new value is recalled at 0.93 to 0.98, by linear attention at 0.54 to 0.56 (3"
+        " seeds).",
+    )
     layer = TransNormerLLMLayer
 
     lrpe: Literal["first", "all", "none"] = param("first", "which layers turn queries and keys by position")

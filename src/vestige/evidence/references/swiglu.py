@@ -1,0 +1,16 @@
+r"""SwiGLU: ``W_down (SiLU(W_gate x) * W_up x)``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from vestige.evidence.references.mixing import Weights, linear, silu
+
+__all__ = ["mix"]
+
+
+def mix(x: Tensor, weights: Weights, place: Any, **unused: Any) -> Tensor:
+    """Each token on its own."""
+    return linear(silu(linear(x, weights, "gate_proj")) * linear(x, weights, "up_proj"), weights, "down_proj")
