@@ -1,0 +1,147 @@
+"""Dampen the weights that matter far more to what is to be forgotten than to the rest."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from vestige.core.method import Paper, Verdict, param
+from vestige.core.patch import Patch
+from vestige.errors import SpecError
+from vestige.weights import fisher
+from vestige.weights.erase.eraser import Eraser, Trace, Work, finite
+from vestige.weights.erase.examples import Examples
+from vestige.weights.erase.losses import row_losses
+
+__all__ = ["SSD", "automatic_alpha"]
+
+FLOOR = 1e-12
+"""Importance for the forget set below this share of the largest is rounding noise (the bias of a key projection, rows
+of an embedding that no example uses): such weights are left alone, and ratios are not formed."""
+
+
+class SSD(Eraser):
+    """Selective synaptic dampening: shrink weights whose Fisher information on the forget set stands out.
+
+    One pass over both sets and no training. Where ``alpha`` is not given it is chosen from the share of examples to
+    forget and the distribution of importances over the weights, as in the adaptive form of the method (arXiv
+    2402.10098). Values of ``alpha`` do not carry over from one estimator to the other: the squared mean gradient of a
+    batch is smaller than the mean squared gradient of its rows, and less so the more alike they are. That favours the
+    rows to forget where they are of one class, and is what the authors' code does.
+    """
+
+    name = "ssd"
+    paper = Paper(
+        title="Fast Machine Unlearning Without Retraining Through Selective Synaptic Dampening",
+        year=2023,
+        arxiv="2308.07707",
+        venue="AAAI 2024",
+        code="https://github.com/if-loops/selective-synaptic-dampening",
+        equations="selection and dampening (section 4); alpha by percentile from arXiv 2402.10098",
+    )
+    verdict = Verdict(
+        "reproduced",
+        "class 3 of scikit-learn's digits, small ViT, 3 seeds, alpha automatic, lambda 0.1, batch-mean: "
+        "test accuracy on it 0.92-1.00 -> 0.00-0.02 (retrained 0), on the others 0.93-0.96 -> 0.94-0.96 "
+        "(retrained 0.96-0.97); with lambda 1 up to 0.61 of the class was left",
+    )
+
+    alpha: float | None = param(None, "how many times more a weight must matter to the forget set; None: chosen", gt=0)
+    dampening: float = param(1.0, "lambda: how far selected weights shrink towards zero; smaller is farther", gt=0)
+    estimator: Literal["per-example", "batch-mean"] = param(
+        "batch-mean", "squared gradients of batch means, as in the authors' code, or of single rows"
+    )
+
+    def check(self) -> None:
+        if self.alpha is not None and self.dampening > self.alpha:
+            raise SpecError(
+                f"ssd: parameter 'dampening' is {self.dampening!r}; allowed: at most alpha ({self.alpha!r}), "
+                "above which selected weights would not shrink"
+            )
+
+    def _apply(self, work: Work, patch: Patch, trace: Trace) -> None:
+        forget, counted = self._importance(work, work.forget)
+        every, others = self._importance(work, work.retain)
+        for name, kept in every.items():  # the information on all examples is the weighted mean of the two
+            kept.mul_(others).add_(forget[name], alpha=counted).div_(counted + others)
+        noise = FLOOR * max(float(f.max()) for f in forget.values())
+        alpha = self.alpha
+        if alpha is None:
+            share = len(work.forget) / (len(work.forget) + len(work.retain))
+            alpha = max(automatic_alpha(_ratios(forget, every, noise), share), self.dampening)
+        selected = 0
+        with torch.no_grad():
+            for name, weight in work.parameters.items():
+                chosen = (forget[name] > alpha * every[name]) & (forget[name] > noise)
+                if bool(chosen.any()):
+                    scale = (self.dampening * every[name] / forget[name]).clamp(max=1).to(weight.dtype)
+                    patch.parameter(weight, torch.where(chosen, weight * scale, weight))
+                    selected += int(chosen.sum())
+        weights = sum(p.numel() for p in work.parameters.values())
+        trace.report = {"estimator": self.estimator, "alpha": alpha, "selected": selected, "weights": weights}
+
+    def _importance(self, work: Work, examples: Examples) -> tuple[dict[str, Tensor], int]:
+        """Mean squared gradients, and over how many terms the mean runs."""
+        if self.estimator == "per-example":
+            found, terms = per_example(work, examples), len(examples)
+        else:
+            found, terms = batch_mean(work, examples)
+        for value in found.values():
+            finite(value, f"the Fisher information of {examples.name}")
+        return found, terms
+
+
+class _Unlabelled(nn.Module):
+    """The model without its own loss, some of which write to the config."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, **batch: Tensor) -> Any:
+        return self.model(**{key: value for key, value in batch.items() if key != "labels"})
+
+
+def per_example(work: Work, examples: Examples) -> dict[str, Tensor]:
+    """The diagonal of the empirical Fisher information: the mean over rows of the squared gradient of a row's loss."""
+    found = fisher.diagonal(
+        _Unlabelled(work.model),
+        (batch for _, batch in work.batches(examples)),
+        lambda outputs, row: row_losses(outputs.logits, row["labels"], work.reader.causal)[0],
+        {f"model.{name}": p for name, p in work.parameters.items()},
+    )
+    return {name.removeprefix("model."): value for name, value in found.items()}
+
+
+def batch_mean(work: Work, examples: Examples) -> tuple[dict[str, Tensor], int]:
+    """The mean over batches of the squared gradient of the batch's mean loss, and the number of batches."""
+    weights = list(work.parameters.values())
+    total = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in weights]
+    count = 0
+    # Mixed, so that a set that is sorted by class gives the same as one that is not.
+    for _, batch in work.batches(examples, work.generator()):
+        found = torch.autograd.grad(work.losses(batch).mean(), weights, allow_unused=True)
+        for so_far, gradient in zip(total, found, strict=True):
+            if gradient is not None:
+                so_far += gradient.to(so_far.dtype).square()
+        count += 1
+    return {name: value / count for name, value in zip(work.parameters, total, strict=True)}, count
+
+
+def automatic_alpha(ratios: np.ndarray, share: float) -> float:
+    """The percentile 100 - ln(1 + 100 share) of the ratios of importances.
+
+    Args:
+        ratios: (weights,) importance for the forget set over that for all examples; is reordered.
+        share: of the forget set in all examples, 0 to 1.
+    """
+    return float(np.quantile(ratios, (100 - math.log1p(100 * share)) / 100, overwrite_input=True))
+
+
+def _ratios(forget: dict[str, Tensor], every: dict[str, Tensor], noise: float) -> np.ndarray:
+    parts = [(forget[n][used] / every[n][used]).cpu() for n in forget if bool((used := forget[n] > noise).any())]
+    return torch.cat(parts).numpy() if parts else np.ones(1)
