@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from vestige.core.method import Paper, param
+from vestige.core.method import Paper, Verdict, param
 from vestige.weights.retain.buffer import Buffer, Selection
 from vestige.weights.retain.learner import Batch, Learner, Running, held
 from vestige.weights.retain.session import Session
@@ -72,6 +72,11 @@ class Replay(Learner):
         year=2019,
         arxiv="1902.10486",
         equations="Algorithm 1 with reservoir sampling (Algorithm 2); class-balanced is its ring buffer's aim",
+    )
+    verdict = Verdict(
+        "reproduced",
+        "split digits, class-incremental, small ViT, 3 seeds, room for 200 of 240 rows: 75%, 88%, 49% right at the end, "
+        "where fine-tuning ends at 20%, 18%, 16%",
     )
 
     size: int = param(200, "examples kept at most", ge=1)

@@ -1,0 +1,28 @@
+"""The claims of DER++: logits of the time keep more than labels alone."""
+
+from __future__ import annotations
+
+import vestige
+from vestige.evidence.certify.suite import Seen, expect
+from vestige.evidence.certify.weights_retain import LearnerCase
+from vestige.evidence.claims import claim
+
+
+@claim
+def stored_answers_keep_what_was_learnt(case: LearnerCase) -> Seen:
+    """Accuracy over all digits ends far above fine-tuning's."""
+    mine = [case.on_digits(case.method, seed) for seed in case.seeds]
+    plain = [case.on_digits("finetune", seed) for seed in case.seeds]
+    seen = {"average": [r.average for r in mine], "of finetune": [r.average for r in plain]}
+    expect(all(m.average > p.average + 0.2 for m, p in zip(mine, plain, strict=True)), f"no more is kept: {seen}")
+    return seen
+
+
+@claim
+def from_a_small_buffer_it_keeps_as_much_as_replay(case: LearnerCase) -> Seen:
+    """With room for 30 examples, accuracy over all digits ends, over the seeds, no lower than replay's."""
+    mine = [case.on_digits(case.method.replace(size=30), seed).average for seed in case.seeds]
+    replay = [case.on_digits(vestige.method("replay", size=30), seed).average for seed in case.seeds]
+    seen = {"average": mine, "of replay": replay}
+    expect(sum(mine) >= sum(replay), f"replay keeps more: {seen}")
+    return seen
