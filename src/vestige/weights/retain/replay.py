@@ -75,8 +75,8 @@ class Replay(Learner):
     )
     verdict = Verdict(
         "reproduced",
-        "split digits, class-incremental, small ViT, 3 seeds, room for 200 of 240 rows: 75%, 88%, 49% right at the end, "
-        "where fine-tuning ends at 20%, 18%, 16%",
+        "split digits, class-incremental, small ViT, 3 seeds, room for 200 of 240 rows: 75%, 88%, 49% right "
+        "at the end, where fine-tuning ends at 20%, 18%, 16%",
     )
 
     size: int = param(200, "examples kept at most", ge=1)
