@@ -106,10 +106,8 @@ def gradients_are_slopes(case: LayerCase) -> Seen:
         arguments = (x, Layout.of(1, 7, device=x.device)) if hasattr(layer, "mixer") else (x,)
         return functional_call(layer, dict(zip(names, weights, strict=True)), arguments)
 
-    try:
-        torch.autograd.gradcheck(run, (x, *weights), fast_mode=True)
-    except RuntimeError as error:
-        expect(False, f"gradcheck: {error}")
+    fits = torch.autograd.gradcheck(run, (x, *weights), fast_mode=True, raise_exception=False)
+    expect(fits, "a gradient is not the slope that small changes show")
     return {"weights": len(names)}
 
 
