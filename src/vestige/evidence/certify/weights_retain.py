@@ -79,7 +79,9 @@ class LearnerCase(Case):
             trainer = ContinualTrainer(model, learner, args, general=self.general(), **options)
             return trainer.run(stream)
 
-    def on_digits(self, learner: Learner | str, seed: int, kind: Kind = "class", epochs: int = 16) -> ContinualRun:
+    def on_digits(
+        self, learner: Learner | str | dict[str, Any], seed: int, kind: Kind = "class", epochs: int = 16
+    ) -> ContinualRun:
         """Six digits, two at a time, learnt by a small vision transformer: what claims look at. Runs are kept."""
         chosen = learner if isinstance(learner, Learner) else Learner.from_spec(learner)
         return _on_digits(chosen, seed, kind, epochs, self.device)
@@ -212,7 +214,12 @@ def bytes_are_what_the_learner_holds(case: LearnerCase) -> Seen:
     states: list[Running] = []
     learner = case.method.replace()
     make = learner.run_state
-    object.__setattr__(learner, "run_state", lambda: states.append(make()) or states[-1])
+
+    def noted() -> Running:
+        states.append(make())
+        return states[-1]
+
+    object.__setattr__(learner, "run_state", noted)
     model = small_vit(0).to(case.device)
     run = case.learn(learner, model, case.stream(), case.args())
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}

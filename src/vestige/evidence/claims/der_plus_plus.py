@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import vestige
 from vestige.evidence.certify.suite import Seen, expect
 from vestige.evidence.certify.weights_retain import LearnerCase
 from vestige.evidence.claims import claim
@@ -22,7 +21,7 @@ def stored_answers_keep_what_was_learnt(case: LearnerCase) -> Seen:
 def from_a_small_buffer_it_keeps_as_much_as_replay(case: LearnerCase) -> Seen:
     """With room for 30 examples, accuracy over all digits ends, over the seeds, no lower than replay's."""
     mine = [case.on_digits(case.method.replace(size=30), seed).average for seed in case.seeds]
-    replay = [case.on_digits(vestige.method("replay", size=30), seed).average for seed in case.seeds]
+    replay = [case.on_digits({"name": "replay", "size": 30}, seed).average for seed in case.seeds]
     seen = {"average": mine, "of replay": replay}
     expect(sum(mine) >= sum(replay), f"replay keeps more: {seen}")
     return seen

@@ -26,7 +26,11 @@ SMALL = {"dampening": 0.1}
 
 def importance(row_loss: Any, weights: Weights, parts: list[list[Any]]) -> Weights:
     """The mean over parts of the squared gradient of a part's mean loss."""
-    squares = [gradient(lambda w, part=part: mean([row_loss(w, row) for row in part]), weights) for part in parts]
+
+    def part_loss(part: list[Any]) -> Any:
+        return lambda w: mean([row_loss(w, row) for row in part])
+
+    squares = [gradient(part_loss(part), weights) for part in parts]
     return {name: torch.stack([s[name] ** 2 for s in squares]).mean(0) for name in weights}
 
 

@@ -98,7 +98,8 @@ class Descent(Eraser):
         weights = list(work.parameters.values())
         for weight in weights:
             patch.parameter(weight, weight.detach())  # the patch keeps what is about to change
-        adam = Adam(weights, self.learning_rate, self.clip, masks and [masks[name] for name in work.parameters])
+        chosen = None if masks is None else [masks[name] for name in work.parameters]
+        adam = Adam(weights, self.learning_rate, self.clip, chosen)
         watch = _Watch(self, work, trace, weights)
         draw = work.generator()
         kept = work.retain.forever(work.batch_size, work.device, work.generator(1))
