@@ -127,7 +127,7 @@ def _retention(result: AuditResult) -> list[object]:
         Figure(
             f"depth-{place}",
             depth_map(cells, policy),
-            f"{policy}, by depth",
+            f"{policy}, by depth (%)",
             "",
             f"Heat map of the share of facts found by {policy} for each depth of the fact and each budget.",
         )
@@ -159,7 +159,7 @@ def _costs(result: AuditResult) -> list[object]:
     held = result.retention[result.retention["policy"] != "full"]
     budgets = sorted(set(held["budget"]))
     by_budget = [
-        [str(policy), *(f"{size(row['kv_bytes'])} ({row['bytes_share']:.1%})" for row in rows.to_dict("records"))]
+        [str(policy), *(f"{size(row['kv_bytes'])} ({row['bytes_share']:.0%})" for row in rows.to_dict("records"))]
         for policy, rows in held.sort_values("budget").groupby("policy", sort=False)
     ]
     every = Table(

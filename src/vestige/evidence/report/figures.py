@@ -113,8 +113,10 @@ def depth_map(cells: pd.DataFrame, policy: str) -> go.Figure:
 
     chosen = cells[cells["policy"] == policy]
     grid = chosen.pivot_table(index="depth", columns="budget", values="found", aggfunc="mean").astype(float)
+    shares = grid.to_numpy()
     trace = go.Heatmap(
-        z=grid.to_numpy(),
+        z=shares,
+        text=[[f"{100 * share:.0f}" for share in row] for row in shares],
         x=[str(budget) for budget in grid.columns],
         y=[f"{depth:.0%}" for depth in grid.index],
         zmin=0,
@@ -123,7 +125,7 @@ def depth_map(cells: pd.DataFrame, policy: str) -> go.Figure:
         showscale=False,
         xgap=2,
         ygap=2,
-        texttemplate="%{z:.0%}",
+        texttemplate="%{text}",
         textfont={"size": 12, "weight": 600},
         hovertemplate="needle at %{y} of the text, %{x} entries: %{z:.0%} found<extra></extra>",
         meta={"scale": "share"},
