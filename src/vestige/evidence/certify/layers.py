@@ -51,9 +51,10 @@ def due(method: Any, layer: nn.Module, x: Tensor, place: Place) -> Tensor:
     """The reference's output, row by row."""
     module = reference_of(method.name)
     expect(module is not None, f"there is no reference for {method.name!r}")
-    weights = dict(layer.named_parameters())
+    weights = {name: weight.cpu() for name, weight in layer.named_parameters()}
     settings = {name: getattr(method, name) for name in method.parameters() if name != "chunk"}
-    return torch.stack([module.mix(row, weights, place, **settings) for row in x])  # type: ignore[union-attr]
+    rows = [module.mix(row, weights, place, **settings) for row in x.cpu()]  # type: ignore[union-attr]
+    return torch.stack(rows).to(x.device)
 
 
 @mixers.check("reference")

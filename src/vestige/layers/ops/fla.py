@@ -51,8 +51,10 @@ def fla_recurrence(
             name, call["g"] = "gla.chunk_gla", decay
         else:
             name = "simple_gla.chunk_simple_gla"
-            if decay is not None:
-                call["g_gamma" if decay.dim() == 1 else "g"] = decay
+            if _fixed(decay):
+                call["g_gamma"] = decay
+            elif decay is not None:
+                call["g"] = decay.expand(drive.v.shape[:3]).contiguous()
     else:
         name, call["beta"] = "delta_rule.chunk_delta_rule", drive.beta.to(kind)
         if decay is not None:
@@ -68,8 +70,13 @@ def serves(drive: Drive) -> bool:
     channelwise = drive.decay is not None and drive.decay.dim() == 4
     if drive.k.shape[-1] > WIDEST_KEY or (channelwise and drive.beta is not None):
         return False
-    by_token = drive.decay is not None and (drive.decay.dim() == 3 or drive.beta is not None)
+    by_token = drive.decay is not None and not channelwise and not (drive.beta is None and _fixed(drive.decay))
     return not (by_token and _differentiated(drive) and _refused(drive.v.device))
+
+
+def _fixed(decay: Tensor | None) -> bool:
+    """Whether a decay is a constant per head, for which the kernels have a form of its own, without a gradient."""
+    return decay is not None and decay.dim() == 1 and not decay.requires_grad
 
 
 def _differentiated(drive: Drive) -> bool:
