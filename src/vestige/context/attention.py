@@ -69,8 +69,9 @@ def attend(
     one = attend_ragged if isinstance(layer, RaggedLayer) else _attend_one
     plain = functools.partial(one if step.decoding else _attend_chunk, module, look, layer, policy, step)
     output = policy.respond(layer, look, step, plain)
-    if not step.decoding:
+    if not step.decoding or policy.needs_queries:
         policy.observe(layer, look, step)
+    if not step.decoding:
         layer.settle(step)
     return output, None
 

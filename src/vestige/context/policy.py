@@ -41,6 +41,7 @@ class CachePolicy(Method):
     """
 
     needs_attention: ClassVar[bool] = False  # whether receive() is to be called
+    needs_queries: ClassVar[bool] = False  # whether observe() is to be called while decoding, too
     needs_rotary: ClassVar[bool] = False  # whether the cache must know the model's turns by position
     without_cache: ClassVar[bool] = False  # whether the policy has something to do in a pass that keeps no cache
 
@@ -103,7 +104,10 @@ class CachePolicy(Method):
         return plain()
 
     def observe(self, entries: KeptLayer, look: Look, step: Step) -> None:
-        """Take note of how a chunk's queries looked at the entries, the chunk's own included; before entries go."""
+        """Take note of how a chunk's queries looked at the entries, the chunk's own included; before entries go.
+
+        While decoding it is called, with one query, where the policy ``needs_queries``.
+        """
 
     def receive(self, entries: KeptLayer, share: Tensor, step: Step) -> None:
         """Take note of one token's attention weights, ``(batch, kv_heads, group, slots)``; asked for by
@@ -355,6 +359,7 @@ class Kept:
             and policy.lag == 1
             and type(policy).present is CachePolicy.present
             and type(policy).respond is CachePolicy.respond
+            and not policy.needs_queries
             and not any(self.anatomy.sliding_windows)
             and getattr(config, "attn_logit_softcapping", None) is None
             and cache.layers[0].dtype in (torch.bfloat16, torch.float16, torch.float32)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import ClassVar
 
 import torch
@@ -54,6 +53,10 @@ class ExpectedAttention(Evict):
 
     needs_rotary: ClassVar[bool] = True
 
+    @property
+    def needs_queries(self) -> bool:  # type: ignore[override]
+        return self.when != "prefill"
+
     def observe(self, entries: KeptLayer, look: Look, step: Step) -> None:
         """Bring the statistics of the queries, times the factor of the logits, up to date."""
         exact = torch.promote_types(look.query.dtype, torch.float32)
@@ -64,11 +67,6 @@ class ExpectedAttention(Evict):
                 assert entries.cache.rotary is not None
                 query = entries.cache.rotary.apply(query, phase)
             self._include(entries.aside, query, counted)
-
-    def respond(self, entries: KeptLayer, look: Look, step: Step, plain: Callable[[], Tensor]) -> Tensor:
-        if step.decoding and self.when != "prefill":
-            self.observe(entries, look, step)
-        return plain()
 
     def score(self, entries: KeptLayer) -> Tensor:
         mean, covariance = self._expected_queries(entries, entries.keys.shape[1])

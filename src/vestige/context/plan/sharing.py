@@ -55,6 +55,10 @@ class Sharing(Ranking):
         return self.policy.needs_attention
 
     @property
+    def needs_queries(self) -> bool:  # type: ignore[override]
+        return self.policy.needs_queries
+
+    @property
     def needs_rotary(self) -> bool:  # type: ignore[override]
         return self.policy.needs_rotary
 

@@ -89,6 +89,10 @@ class Thin(CachePolicy):
         return self.policy.needs_attention
 
     @property
+    def needs_queries(self) -> bool:  # type: ignore[override]
+        return self.policy.needs_queries
+
+    @property
     def needs_rotary(self) -> bool:  # type: ignore[override]
         return self.policy.needs_rotary
 
