@@ -237,7 +237,7 @@ def large_inputs_stay_finite(case: LayerCase) -> Seen:
     return {"largest output": float(y.detach().abs().max())}
 
 
-@mixers.check("behaviour")
+@mixers.check("behaviour", slow=True)
 def what_was_said_is_remembered(case: LayerCase) -> Seen:
     """Trained for a second, it answers with what was said among noise; without a past it answers at chance."""
     task = PairRecall(pairs=1, noise=3)
@@ -247,7 +247,7 @@ def what_was_said_is_remembered(case: LayerCase) -> Seen:
     return seen
 
 
-@channels.check("behaviour")
+@channels.check("behaviour", slow=True)
 def what_a_linear_map_cannot_do_is_learnt(case: LayerCase) -> Seen:
     """Trained for a second, it fits the product of two inputs; the best linear map explains none of it."""
     seen = [_unexplained(case, seed) for seed in case.seeds]

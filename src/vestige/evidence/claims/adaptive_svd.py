@@ -7,7 +7,7 @@ from vestige.evidence.certify.weights_retain import LearnerCase
 from vestige.evidence.claims import claim
 
 
-@claim
+@claim(slow=True)
 def outside_the_important_directions_less_is_forgotten(case: LearnerCase) -> Seen:
     """Where the task is known, accuracy over all digits ends above fine-tuning's."""
     mine = [case.on_digits(case.method, seed, "task") for seed in case.seeds]

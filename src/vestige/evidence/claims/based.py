@@ -9,7 +9,7 @@ from vestige.evidence.claims import claim
 from vestige.evidence.tasks.recall import PairRecall
 
 
-@claim
+@claim(slow=True)
 def more_features_recall_more(case: LayerCase) -> Seen:
     """The wider queries and keys are before the expansion, the more of a dozen pairs is recalled, at more bytes."""
     task = PairRecall(pairs=12, keys=12)

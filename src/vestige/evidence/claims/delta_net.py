@@ -8,7 +8,7 @@ from vestige.evidence.claims import claim
 from vestige.evidence.tasks.recall import PairRecall
 
 
-@claim
+@claim(slow=True)
 def what_is_written_anew_replaces_the_old(case: LayerCase) -> Seen:
     """Where every key is written twice, it recalls the new values more often than gated linear attention does."""
     task = PairRecall(pairs=8, rewritten=8)

@@ -7,7 +7,7 @@ from vestige.evidence.certify.weights_retain import LearnerCase
 from vestige.evidence.claims import claim
 
 
-@claim
+@claim(slow=True)
 def stored_answers_keep_what_was_learnt(case: LearnerCase) -> Seen:
     """Accuracy over all digits ends far above fine-tuning's."""
     mine = [case.on_digits(case.method, seed) for seed in case.seeds]
@@ -17,7 +17,7 @@ def stored_answers_keep_what_was_learnt(case: LearnerCase) -> Seen:
     return seen
 
 
-@claim
+@claim(slow=True)
 def from_a_small_buffer_it_keeps_as_much_as_replay(case: LearnerCase) -> Seen:
     """With room for 30 examples, accuracy over all digits ends, over the seeds, no lower than replay's."""
     mine = [case.on_digits(case.method.replace(size=30), seed).average for seed in case.seeds]

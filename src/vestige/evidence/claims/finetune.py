@@ -7,7 +7,7 @@ from vestige.evidence.certify.weights_retain import LearnerCase
 from vestige.evidence.claims import claim
 
 
-@claim
+@claim(slow=True)
 def each_experience_destroys_the_one_before(case: LearnerCase) -> Seen:
     """Two digits at a time are learnt far above chance, and mostly forgotten when the next two come."""
     runs = [case.on_digits(case.method, seed) for seed in case.seeds]

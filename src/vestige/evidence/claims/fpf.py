@@ -7,7 +7,7 @@ from vestige.evidence.certify.weights_retain import LearnerCase
 from vestige.evidence.claims import claim
 
 
-@claim
+@claim(slow=True)
 def a_short_repair_brings_old_digits_back(case: LearnerCase) -> Seen:
     """Accuracy over all digits ends far above fine-tuning's, without any replay during training."""
     mine = [case.on_digits(case.method, seed) for seed in case.seeds]

@@ -8,7 +8,7 @@ from vestige.evidence.claims import claim
 from vestige.evidence.tasks.recall import PairRecall
 
 
-@claim
+@claim(slow=True)
 def the_delta_rule_improves_on_mamba2(case: LayerCase) -> Seen:
     """Where keys are written anew, it recalls the new values more often than Mamba-2, whose state is no smaller."""
     task = PairRecall(pairs=4, rewritten=4)

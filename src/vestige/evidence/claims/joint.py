@@ -7,7 +7,7 @@ from vestige.evidence.certify.weights_retain import LearnerCase
 from vestige.evidence.claims import claim
 
 
-@claim
+@claim(slow=True)
 def nothing_is_lost(case: LearnerCase) -> Seen:
     """Accuracy over all digits ends far above fine-tuning's."""
     mine = [case.on_digits(case.method, seed) for seed in case.seeds]

@@ -9,7 +9,7 @@ from vestige.evidence.claims import claim
 from vestige.evidence.tasks.recall import PairRecall
 
 
-@claim
+@claim(slow=True)
 def the_last_word_counts(case: LayerCase) -> Seen:
     """Where keys are written anew, the new value is recalled more often than by linear attention, which cannot tell."""
     task = PairRecall(pairs=4, rewritten=4)
@@ -19,7 +19,7 @@ def the_last_word_counts(case: LayerCase) -> Seen:
     return seen
 
 
-@claim
+@claim(slow=True)
 def a_token_costs_the_same_at_every_length(case: LayerCase) -> Seen:
     """Read at once, 2048 tokens take as many operations per token as 256 do; softmax attention takes ever more."""
     mine = [flops_per_token(case.method, length) for length in (256, 2048)]

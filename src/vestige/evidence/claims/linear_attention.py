@@ -9,7 +9,7 @@ from vestige.evidence.claims import claim
 from vestige.evidence.tasks.recall import PairRecall
 
 
-@claim
+@claim(slow=True)
 def it_sees_further_than_a_window_of_its_size(case: LayerCase) -> Seen:
     """With noise between, it recalls what a sliding window that takes as many bytes has lost."""
     task = PairRecall(pairs=4, noise=24)

@@ -8,7 +8,7 @@ from vestige.evidence.claims import claim
 from vestige.evidence.tasks.recall import PairRecall
 
 
-@claim
+@claim(slow=True)
 def the_last_word_counts(case: LayerCase) -> Seen:
     """Where keys are written anew, the new value is recalled more often than by linear attention, which cannot tell."""
     task = PairRecall(pairs=4, rewritten=4)

@@ -7,7 +7,7 @@ from vestige.evidence.certify.weights_retain import LearnerCase
 from vestige.evidence.claims import claim
 
 
-@claim
+@claim(slow=True)
 def held_predictions_keep_old_digits(case: LearnerCase) -> Seen:
     """Without a stored example, accuracy over all digits ends above fine-tuning's."""
     mine = [case.on_digits(case.method, seed) for seed in case.seeds]

@@ -7,7 +7,7 @@ from vestige.evidence.certify.weights_retain import LearnerCase
 from vestige.evidence.claims import claim
 
 
-@claim
+@claim(slow=True)
 def a_few_examples_keep_what_was_learnt(case: LearnerCase) -> Seen:
     """With the same steps on the same stream, accuracy over all digits ends far above fine-tuning's."""
     mine = [case.on_digits(case.method, seed) for seed in case.seeds]

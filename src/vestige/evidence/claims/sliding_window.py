@@ -10,7 +10,7 @@ from vestige.evidence.claims import claim
 from vestige.evidence.tasks.recall import PairRecall
 
 
-@claim
+@claim(slow=True)
 def as_sharp_as_softmax_within_its_window(case: LayerCase) -> Seen:
     """Pairs within the window are recalled as softmax attention recalls them; those further back are not."""
     within, beyond = PairRecall(pairs=4), PairRecall(pairs=4, noise=24)
@@ -23,7 +23,7 @@ def as_sharp_as_softmax_within_its_window(case: LayerCase) -> Seen:
     return seen
 
 
-@claim
+@claim(slow=True)
 def a_long_text_takes_no_more_bytes(case: LayerCase) -> Seen:
     """After 64 tokens it holds what it held after 16, and softmax attention four times what it held then."""
     held = {}

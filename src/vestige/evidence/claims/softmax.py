@@ -8,7 +8,7 @@ from vestige.evidence.claims import claim
 from vestige.evidence.tasks.recall import PairRecall
 
 
-@claim
+@claim(slow=True)
 def many_things_stay_apart(case: LayerCase) -> Seen:
     """Of two dozen pairs it recalls nearly all, where linear attention, whose state is one matrix, mixes them up."""
     task = PairRecall(pairs=24, keys=24)
