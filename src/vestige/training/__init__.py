@@ -1,0 +1,1 @@
+"""Training: how models come to their weights, and what that costs."""
