@@ -131,7 +131,6 @@ def _read(place: str | Path, name: str, dtype: str | torch.dtype, options: dict[
     """Model and tokenizer through transformers, whose errors become one line each."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-
     shared = {key: options[key] for key in (*_PLACE, "trust_remote_code") if key in options}
     part = "tokenizer"
     try:
