@@ -307,7 +307,8 @@ class Kept:
         self._again = 0  # tokens that are read once more before those that come
         self._watchers: list[Callable[..., None]] = []
         self._own = _OwnAttention(anatomy)
-        self._patch = Patch(model, policy.name, claims={"kv-cache"})
+        owner = getattr(policy, "name", type(policy).__name__)  # Together has no name of its own
+        self._patch = Patch(model, owner, claims={"kv-cache"})
         self._patch.attention(ATTENTION, _attention, _mask, part=anatomy.base)
         self._patch.hook(anatomy.base, self._before, kind="forward_pre", with_kwargs=True)
         self._patch.hook(anatomy.base, self._after, kind="forward")
