@@ -14,7 +14,7 @@ import yaml
 import vestige
 from vestige.core import Method, Paper, Verdict, param
 from vestige.core import registry as the_registry
-from vestige.core.registry import MethodCard, _class_card, _package_cards
+from vestige.core.registry import MethodCard
 from vestige.errors import SpecError, VestigeError
 
 registry_module = sys.modules["vestige.core.registry"]
@@ -210,11 +210,11 @@ def test_rooms_are_known(samples):
 
 
 def test_what_is_read_from_the_files_equals_the_classes():
-    cards = _package_cards()
+    cards = the_registry.package_cards()
     assert cards, "the package defines methods"
     for card in cards:
         cls = the_registry.load(card.name)
-        assert card == _class_card(cls), card.name
+        assert card == the_registry.class_card(cls), card.name
         assert card.idea and card.paper is not None
     found = {card.name for card in cards}
     package = {name for name, cls in the_registry._defined.items() if cls.__module__.startswith("vestige.")}
@@ -222,7 +222,7 @@ def test_what_is_read_from_the_files_equals_the_classes():
 
 
 def test_every_parameter_of_the_package_is_described_and_specs_round_trip():
-    for card in _package_cards():
+    for card in the_registry.package_cards():
         cls = the_registry.load(card.name)
         parameters = cls.parameters()
         assert all(entry["help"] for entry in parameters.values()), card.name

@@ -1,9 +1,9 @@
-"""Which methods exist, found without importing them.
+"""What is registered, found without importing it.
 
-A method registers by being defined (:meth:`Method.__init_subclass__` calls :meth:`Registry.add`).
-To list methods, or to find the module that defines one, nothing is imported: the files of the
-package are read, and the head of each method class (docstring, ``name``, ``paper``, ``verdict``)
-is parsed. That keeps ``vestige methods`` fast, and means that a new file needs no entry anywhere.
+A method registers by being defined, as every :class:`~vestige.core.spec.Spec` does. To list methods, or to find the
+module that defines one, nothing is imported: the files of the package are read, and the head of each class (docstring,
+``name``, ``paper``, ``verdict``) is parsed. That keeps ``vestige methods`` fast, and means that a new file needs no
+entry anywhere. Tasks have a registry of their own (:mod:`vestige.evidence.tasks`), which works in the same way.
 
 Third parties add methods through the entry point group ``vestige.methods``; an entry's name is the
 method's name, its value the class (or the module that defines it).
@@ -16,88 +16,116 @@ import functools
 import importlib
 import re
 import warnings
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, fields
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vestige.core.method import Method, Paper, Verdict, did_you_mean
+from vestige.core.method import Method, Paper, Verdict
+from vestige.core.spec import Spec, did_you_mean
 from vestige.errors import SpecError, VestigeError
 
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
 
-__all__ = ["MethodCard", "method", "methods", "registry"]
+__all__ = ["Card", "MethodCard", "Registry", "method", "methods", "registry"]
 
 ENTRY_POINTS = "vestige.methods"
 ROOMS = ("context", "layers", "models", "stores", "weights", "training", "evidence")
+TASKS = "evidence/tasks"  # the folder whose classes are registered as tasks
 
 
 @dataclass(frozen=True, kw_only=True)
-class MethodCard:
-    """What is known of a method without importing it."""
+class Card:
+    """What is known of a registered class without importing it.
+
+    Fields that a kind of card adds are class attributes of the same name, written as literals.
+    """
 
     name: str
     room: str
     module: str
     qualname: str
     idea: str
-    paper: Paper | None
-    verdict: Verdict
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodCard(Card):
+    """What is known of a method without importing it."""
+
+    paper: Paper | None = None
+    verdict: Verdict = field(default_factory=Verdict)
 
 
 class Registry:
-    """Names to method classes, loaded when asked for."""
+    """Names to classes of one kind, loaded when asked for.
 
-    def __init__(self) -> None:
-        self._defined: dict[str, type[Method]] = {}
+    Args:
+        kind: what the classes are called in error texts.
+        card: what is known of each without importing it.
+        folders: of the package, where they are defined.
+        without: folders below those, where classes of other kinds are defined.
+        group: of the entry points through which third parties add theirs.
+    """
 
-    def add(self, cls: type[Method]) -> None:
+    def __init__(
+        self,
+        kind: str,
+        card: type[Card],
+        *,
+        folders: Sequence[str],
+        without: Sequence[str] = (),
+        group: str,
+    ) -> None:
+        self.kind, self.group = kind, group
+        self.card_type: Any = card
+        self.folders, self.without = tuple(folders), tuple(without)
+        self._defined: dict[str, type[Any]] = {}
+
+    def add(self, cls: type[Spec]) -> None:
         """Register a class that has just been defined.
 
         Raises:
-            SpecError: the name is taken by a class of another place, or the class lacks its paper.
+            SpecError: the name is taken by a class of another place.
         """
         taken = self._defined.get(cls.name)
         place = (cls.__module__, cls.__qualname__)
         if taken is not None and (taken.__module__, taken.__qualname__) != place:
             raise SpecError(
-                f"method name {cls.name!r} is taken by {taken.__module__}.{taken.__qualname__}; "
+                f"{self.kind} name {cls.name!r} is taken by {taken.__module__}.{taken.__qualname__}; "
                 f"{cls.__module__}.{cls.__qualname__} must choose another"
             )
-        if not isinstance(getattr(cls, "paper", None), Paper):
-            raise SpecError(f"{cls.__module__}.{cls.__qualname__} registers as {cls.name!r} but names no paper")
         self._defined[cls.name] = cls
 
-    def cards(self, room: str | None = None) -> list[MethodCard]:
-        """All known methods, by room and name; only one room's if named.
+    def cards(self, room: str | None = None) -> list[Any]:
+        """The cards of all known classes, by room and name; only one room's if named.
 
         Raises:
             SpecError: there is no such room.
         """
         if room is not None and room not in ROOMS:
             raise SpecError(f"unknown room {room!r}; {did_you_mean(room, ROOMS)}")
-        found = {card.name: card for card in _package_cards()}
-        for entry in _entries():
-            found.setdefault(entry.name, _entry_card(entry))
+        found = {card.name: card for card in self.package_cards()}
+        for entry in _entries(self.group):
+            found.setdefault(entry.name, self._entry_card(entry))
         for cls in self._defined.values():
-            found.setdefault(cls.name, _class_card(cls))
+            found.setdefault(cls.name, self.class_card(cls))
         chosen = [card for card in found.values() if room in (None, card.room)]
         return sorted(chosen, key=lambda card: (card.room, card.name))
 
-    def card(self, name: str) -> MethodCard:
-        """One method's card.
+    def card(self, name: str) -> Any:
+        """One class's card.
 
         Raises:
             SpecError: unknown name, with the nearest known ones.
         """
         cards = {card.name: card for card in self.cards()}
         if not isinstance(name, str) or name not in cards:
-            raise SpecError(f"unknown method {name!r}; {did_you_mean(str(name), cards)}")
+            raise SpecError(f"unknown {self.kind} {name!r}; {did_you_mean(str(name), cards)}")
         return cards[name]
 
-    def load(self, name: str) -> type[Method]:
+    def load(self, name: str) -> type[Any]:
         """The class registered under a name, importing its module if need be.
 
         Raises:
@@ -111,13 +139,36 @@ class Registry:
         except VestigeError:
             raise
         except Exception as error:
-            raise SpecError(f"method {name!r} does not load, {card.module} fails: {error}") from error
+            raise SpecError(f"{self.kind} {name!r} does not load, {card.module} fails: {error}") from error
         if name not in self._defined:
-            raise SpecError(f"{card.module} was imported but does not define the method {name!r}")
+            raise SpecError(f"{card.module} was imported but does not define the {self.kind} {name!r}")
         return self._defined[name]
 
+    def package_cards(self) -> tuple[Any, ...]:
+        """What the package's own files define, read from their text."""
+        return _package_cards(self.card_type, self.folders, self.without)
 
-registry = Registry()
+    def class_card(self, cls: type[Any]) -> Any:
+        """The card of a class that is there."""
+        parts = cls.__module__.split(".")
+        room = parts[1] if parts[0] == "vestige" and len(parts) > 1 else getattr(cls, "room", parts[0])
+        own = {name: getattr(cls, name) for name in _own_fields(self.card_type)}
+        place = {"room": room, "module": cls.__module__, "qualname": cls.__qualname__}
+        return self.card_type(name=cls.name, idea=_idea(cls.__doc__), **place, **own)
+
+    def _entry_card(self, entry: EntryPoint) -> Any:
+        """A third party's card: read from the class if it imports, else only its place."""
+        try:
+            entry.load()
+        except Exception as error:  # a broken plug-in must not take the whole catalogue down
+            warnings.warn(f"{self.kind} {entry.name!r} of {entry.value} does not load: {error}", stacklevel=2)
+        if entry.name in self._defined:
+            return self.class_card(self._defined[entry.name])
+        module, _, qualname = entry.value.partition(":")
+        return self.card_type(name=entry.name, room="?", module=module, qualname=qualname, idea="")
+
+
+registry = Registry("method", MethodCard, folders=ROOMS, without=(TASKS,), group=ENTRY_POINTS)
 
 
 def methods(room: str | None = None) -> list[MethodCard]:
@@ -139,14 +190,22 @@ _HEAD_ENDS = re.compile(r"^(?:    (?:def|async def|@)|[^\s#)])", re.MULTILINE)
 _HAS_NAME = re.compile(r"^    name(?:: ClassVar\[str\])? = ", re.MULTILINE)
 
 
+def _own_fields(card: type[Card]) -> list[str]:
+    """The fields that a kind of card adds."""
+    common = {own.name for own in fields(Card)}
+    return [own.name for own in fields(card) if own.name not in common]
+
+
 @functools.cache
-def _package_cards() -> tuple[MethodCard, ...]:
+def _package_cards(card: Any, folders: tuple[str, ...], without: tuple[str, ...]) -> tuple[Card, ...]:
     root = Path(__file__).resolve().parent.parent
-    files = [(room, path) for room in ROOMS for path in sorted((root / room).rglob("*.py"))]
-    return tuple(card for room, path in files for card in _file_cards(path, root, room))
+    others = [root / folder for folder in without]
+    files = [path for folder in folders for path in sorted((root / folder).rglob("*.py"))]
+    kept = [path for path in files if not any(path.is_relative_to(other) for other in others)]
+    return tuple(found for path in kept for found in _file_cards(card, path, root))
 
 
-def _file_cards(path: Path, root: Path, room: str) -> Iterable[MethodCard]:
+def _file_cards(card: type[Card], path: Path, root: Path) -> Iterable[Card]:
     text = path.read_text(encoding="utf-8")
     if "\n    name" not in text:
         return
@@ -162,14 +221,14 @@ def _file_cards(path: Path, root: Path, room: str) -> Iterable[MethodCard]:
         values = dict(_assignments(head.body))
         name = _literal(values.get("name"), text)
         if isinstance(name, str):
-            yield MethodCard(
+            read = {key: _literal(values.get(key), text) for key in _own_fields(card)}
+            yield card(
                 name=name,
-                room=room,
+                room=folders[0],
                 module=module,
                 qualname=match[1],
                 idea=_idea(ast.get_docstring(head)),
-                paper=_literal(values.get("paper"), text),
-                verdict=_literal(values.get("verdict"), text) or Verdict(),
+                **{key: value for key, value in read.items() if value is not None},
             )
 
 
@@ -204,35 +263,6 @@ def _idea(doc: str | None) -> str:
     return re.sub(r":\w+:`~?([^`]*)`", r"\1", " ".join((doc or "").split("\n\n")[0].split()))
 
 
-def _class_card(cls: type[Method]) -> MethodCard:
-    parts = cls.__module__.split(".")
-    room = parts[1] if parts[0] == "vestige" and len(parts) > 1 else getattr(cls, "room", parts[0])
-    return MethodCard(
-        name=cls.name,
-        room=room,
-        module=cls.__module__,
-        qualname=cls.__qualname__,
-        idea=_idea(cls.__doc__),
-        paper=cls.paper,
-        verdict=cls.verdict,
-    )
-
-
 @functools.cache
-def _entries() -> tuple[EntryPoint, ...]:
-    return tuple(metadata.entry_points(group=ENTRY_POINTS))
-
-
-def _entry_card(entry: EntryPoint) -> MethodCard:
-    """A third party's card: read from the class if it imports, else only its place."""
-    try:
-        entry.load()
-    except Exception as error:  # a broken plug-in must not take the whole catalogue down
-        warnings.warn(f"method {entry.name!r} of {entry.value} does not load: {error}", stacklevel=2)
-    cls = registry._defined.get(entry.name)
-    if cls is not None:
-        return _class_card(cls)
-    module, _, qualname = entry.value.partition(":")
-    return MethodCard(
-        name=entry.name, room="?", module=module, qualname=qualname, idea="", paper=None, verdict=Verdict()
-    )
+def _entries(group: str) -> tuple[EntryPoint, ...]:
+    return tuple(metadata.entry_points(group=group))
