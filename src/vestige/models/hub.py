@@ -15,7 +15,7 @@ from vestige.models.embedded import EMBEDDED, embedded_folder
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["load"]
+__all__ = ["find_device", "load"]
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 # What tells transformers where to look holds for the tokenizer as for the model.
@@ -51,7 +51,7 @@ def load(
         UnsupportedModelError: the checkpoint is no causal language model.
     """
     dtype = _dtype(dtype)
-    device = _device(device)
+    device = find_device(device)
     name = os.fspath(model)
     embedded = not isinstance(model, os.PathLike) and name in EMBEDDED
     options = {"trust_remote_code": trust_remote_code, **from_pretrained}
@@ -78,8 +78,12 @@ def _dtype(dtype: str | torch.dtype) -> str | torch.dtype:
     raise SpecError(f"dtype is {dtype!r}; allowed: auto, {', '.join(DTYPES)}")
 
 
-def _device(device: str | torch.device | None) -> torch.device | None:
-    """The device, checked to be one that this machine has."""
+def find_device(device: str | torch.device | None) -> torch.device | None:
+    """A device by name, checked to be one that this machine has; ``"auto"`` is the accelerator if there is one.
+
+    Raises:
+        SpecError: this machine has no such device.
+    """
     if device is None:
         return None
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None

@@ -15,7 +15,17 @@ if TYPE_CHECKING:
     import pandas as pd
     import plotly.graph_objects as go
 
-__all__ = ["depth_map", "head_map", "retention_curves", "series_of"]
+__all__ = [
+    "COLOURS",
+    "DASHES",
+    "MARKERS",
+    "depth_map",
+    "faint",
+    "head_map",
+    "plain_figure",
+    "retention_curves",
+    "series_of",
+]
 
 # Told apart by hue, brightness, dash and marker, so that no reader depends on colour.
 COLOURS = ("#1b1f24", "#0072b2", "#c75000", "#00805c", "#a3478f", "#7a5b00", "#3d6fd6", "#8a3b3b")
@@ -41,7 +51,7 @@ def retention_curves(table: pd.DataFrame, series: Mapping[str, int] | None = Non
     import plotly.graph_objects as go
 
     series = series or series_of(table["policy"])
-    figure = _figure(400)
+    figure = plain_figure(400)
     length = float((table["budget"] / table["budget_share"]).max())
     axis, edges = _budget_axis(table["budget"].min(), length)
     figure.update_xaxes(**axis, title_text="cache entries kept, of the context")
@@ -60,7 +70,7 @@ def retention_curves(table: pd.DataFrame, series: Mapping[str, int] | None = Non
                     x=[*x, *reversed(x)],
                     y=[*high, *reversed(low)],
                     fill="toself",
-                    fillcolor=_faint(colour),
+                    fillcolor=faint(colour),
                     mode="none",
                     hoverinfo="skip",
                     showlegend=False,
@@ -130,7 +140,7 @@ def depth_map(cells: pd.DataFrame, policy: str) -> go.Figure:
         hovertemplate="needle at %{y} of the text, %{x} entries: %{z:.0%} found<extra></extra>",
         meta={"scale": "share"},
     )
-    figure = _figure(110 + 30 * len(grid))
+    figure = plain_figure(110 + 30 * len(grid))
     figure.add_trace(trace)
     figure.update_xaxes(type="category", title_text="entries kept", showgrid=False)
     figure.update_yaxes(type="category", autorange="reversed", title_text="depth of the fact", showgrid=False)
@@ -166,14 +176,15 @@ def head_map(values: Any, what: str, written_from: float | None = None) -> go.Fi
         hovertemplate=f"layer %{{y}}, head %{{x}}<br>{what}: %{{z:.3f}}<extra></extra>",
         meta={"scale": "share"},
     )
-    figure = _figure(90 + max(240, min(17, 900 // layers) * layers))
+    figure = plain_figure(90 + max(240, min(17, 900 // layers) * layers))
     figure.add_trace(trace)
     figure.update_xaxes(title_text="head", dtick=max(1, heads // 12), showgrid=False)
     figure.update_yaxes(title_text="layer", autorange="reversed", dtick=max(1, layers // 10), showgrid=False)
     return figure
 
 
-def _figure(height: int) -> go.Figure:
+def plain_figure(height: int) -> go.Figure:
+    """An empty figure in the house's style; ``height`` in pixels."""
     import plotly.graph_objects as go
 
     figure = go.Figure(
@@ -201,6 +212,7 @@ def _figure(height: int) -> go.Figure:
     return figure
 
 
-def _faint(colour: str) -> str:
+def faint(colour: str) -> str:
+    """A colour for bands, from one for lines (``#rrggbb``)."""
     red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
     return f"rgba({red}, {green}, {blue}, 0.14)"

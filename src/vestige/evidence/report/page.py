@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import os
+import platform
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Answers", "Code", "Figure", "Figures", "Page", "Section", "Table", "Text", "write_page"]
+__all__ = ["Answers", "Code", "Figure", "Figures", "Page", "Section", "Table", "Text", "versions_line", "write_page"]
 
 
 @dataclass(frozen=True)
@@ -137,6 +138,20 @@ def render(page: Page) -> str:
     from plotly.offline import get_plotlyjs
 
     return _template().render(page=page, style=_asset("page.css"), script=_asset("page.js"), plotly=get_plotlyjs())
+
+
+def versions_line() -> str:
+    """The footer of a page of measurements: what measured them, and where they are."""
+
+    import torch
+    import transformers
+
+    import vestige
+
+    return (
+        f"Vestige {vestige.__version__}, torch {torch.__version__}, transformers {transformers.__version__}, "
+        f"Python {platform.python_version()}. Every number here is a row of ledger.jsonl beside this page."
+    )
 
 
 @functools.cache

@@ -1,0 +1,1 @@
+"""Studies: findings of papers, looked for again at a scale that a laptop can do."""
