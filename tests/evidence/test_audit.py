@@ -21,7 +21,7 @@ from vestige.core.ledger import Ledger
 from vestige.core.patch import Patch
 from vestige.errors import InputError, SpecError, UnsupportedModelError
 from vestige.evidence.audit import audit, plan_audit
-from vestige.evidence.audit.run import fingerprint, time_policy
+from vestige.evidence.engine.bench import fingerprint, time_policy
 from vestige.evidence.summaries import retention, smallest_budgets
 from vestige.evidence.tasks.needle import context_batch, recite
 

@@ -9,8 +9,9 @@ import shutil
 import numpy as np
 import pytest
 
+from vestige.evidence.amounts import size
 from vestige.evidence.audit import audit
-from vestige.evidence.report.audit_page import answers, size
+from vestige.evidence.report.audit_page import answers
 from vestige.evidence.report.figures import head_map, retention_curves
 from vestige.evidence.report.page import Answers, Code, Figure, Page, Section, Table, Text, render, write_page
 from vestige.evidence.summaries import retention

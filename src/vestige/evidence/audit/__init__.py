@@ -16,8 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vestige.errors import InputError, MissingPackageError, SpecError
+from vestige.errors import InputError, MissingPackageError
 from vestige.evidence.audit.plan import AuditPlan, plan_audit
+from vestige.evidence.engine.bench import load_pair
 from vestige.evidence.tasks.haystack import GRAMMAR
 
 if TYPE_CHECKING:
@@ -155,7 +156,7 @@ def audit(
     folder = Path(out).expanduser()
     if folder.exists() and not folder.is_dir():
         raise InputError(f"out is {str(out)!r}, which is no folder")
-    name, network, tokenizer = _load(model, dtype, device)
+    name, network, tokenizer = load_pair(model, dtype, device)
     from vestige.evidence.audit.run import Auditor
     from vestige.evidence.report.audit_page import write_audit_report
     from vestige.evidence.summaries import retention, smallest_budgets
@@ -167,14 +168,3 @@ def audit(
     )
     write_audit_report(result)
     return result
-
-
-def _load(model: Any, dtype: Any, device: Any) -> tuple[str, Any, Any]:
-    if isinstance(model, tuple):
-        if len(model) != 2:
-            raise SpecError(f"model is a tuple of {len(model)}; allowed: a name, a path, or (model, tokenizer)")
-        network, tokenizer = model
-        return str(getattr(network.config, "name_or_path", "") or type(network).__name__), network, tokenizer
-    from vestige.models.hub import load
-
-    return (os.fspath(model), *load(model, dtype=dtype, device=device))

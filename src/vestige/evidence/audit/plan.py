@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from vestige.errors import SpecError
+from vestige.evidence.budgets import at, evicts, label
 from vestige.evidence.tasks.haystack import GRAMMAR
 from vestige.evidence.tasks.needle import Needle
 
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from vestige.context.policy import CachePolicy
     from vestige.evidence.probes.retrieval_heads import RetrievalHeads
 
-__all__ = ["AuditPlan", "at", "evicts", "label", "plan_audit"]
+__all__ = ["AuditPlan", "plan_audit"]
 
 METHODS = ("full", "streaming-llm", "h2o", "a2sf")
 
@@ -155,16 +156,6 @@ def plan_audit(
     )
 
 
-def evicts(policy: CachePolicy) -> bool:
-    """Whether the policy has a budget of entries to be measured at."""
-    return policy.ranking is not None and policy.name != "full"
-
-
-def at(policy: CachePolicy, budget: int | float) -> CachePolicy:
-    """The policy at a budget; one that keeps every entry as it is."""
-    return policy.with_budget(budget) if evicts(policy) else policy
-
-
 def _policies(methods: Iterable[str | Mapping[str, Any] | CachePolicy]) -> tuple[CachePolicy, ...]:
     """The policies, the full cache first; each only once."""
     from vestige.context.policy import CachePolicy
@@ -177,13 +168,6 @@ def _policies(methods: Iterable[str | Mapping[str, Any] | CachePolicy]) -> tuple
         chosen.append(policy)  # type: ignore[arg-type]
     kept = {label(policy): policy for policy in chosen}  # type: ignore[arg-type]
     return tuple(kept.values())  # type: ignore[arg-type]
-
-
-def label(policy: CachePolicy) -> str:
-    """A policy's name, with the parameters that are not at their default; its budget left out."""
-    defaults = {key: entry.get("default") for key, entry in policy.parameters().items()}
-    changed = [f"{k}={v}" for k, v in policy.spec().items() if k not in ("name", "budget") and v != defaults[k]]
-    return f"{policy.name} ({', '.join(changed)})" if changed else policy.name
 
 
 def _budgets(budgets: Iterable[int | float], length: int) -> tuple[int, ...]:

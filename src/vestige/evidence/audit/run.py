@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
-import vestige
 from vestige.core.anatomy import Anatomy
-from vestige.core.ledger import Ledger
-from vestige.errors import LedgerError, SpecError, UnsupportedModelError
-from vestige.evidence.audit.plan import AuditPlan, at, evicts, label
+from vestige.errors import SpecError, UnsupportedModelError
+from vestige.evidence.audit.plan import AuditPlan
+from vestige.evidence.budgets import at, evicts, label
+from vestige.evidence.engine.bench import given, now, time_policy
+from vestige.evidence.engine.reading import read, reading_groups
+from vestige.evidence.engine.record import Advance, Record, cell_key, progress_bar
 from vestige.evidence.probes.retrieval_heads import HeadScores, Probed
 from vestige.evidence.probes.sink_share import sink_share
 from vestige.evidence.tasks.needle import NeedlePrompt, context_batch, recite
@@ -28,13 +26,10 @@ if TYPE_CHECKING:
 
     from vestige.context.policy import CachePolicy
 
-__all__ = ["Auditor", "cell_key", "fingerprint"]
+__all__ = ["Auditor"]
 
 QUESTION_TOKENS = 40  # of one question, as counted in the estimate of the time left
 DECODED_TOKEN = 12  # prompt tokens that take as long as one decoded token, for the same estimate
-WARM_UP = 3  # decoded tokens that are not timed
-
-Advance = Callable[[float, str], None]
 
 
 class Auditor:
@@ -54,16 +49,9 @@ class Auditor:
                 f"audit: parameter 'length' is {plan.length}; with its question that is {longest} tokens, and "
                 f"{name} reads {self.anatomy.max_positions} at most"
             )
-        self.given = {
-            "vestige": vestige.__version__,
-            "weights": fingerprint(model),
-            "dtype": str(model.dtype).removeprefix("torch."),
-            "device": _device_name(model.device),
-        }
-        ledger.parent.mkdir(parents=True, exist_ok=True)
-        self.ledger = Ledger(ledger)
-        self.known: dict[str, dict[str, Any]] = {row["key"]: row for row in self.ledger.rows() if row.get("key")}
-        self.measured = 0
+        self.given = given(model)
+        self.record = Record(ledger)
+        self.known = self.record.known
         self.head_keys = {n: self._key("heads", task=n.spec(), recall=plan.heads.RECALL) for n in plan.heads.needles()}
         self.sink_keys = {needle: self._key("sinks", task=needle.spec(), first=1) for needle in plan.sinks}
         self.cell_keys = {
@@ -85,14 +73,14 @@ class Auditor:
 
     def measure(self) -> dict[str, Any]:
         """All that the plan asks for, in the terms of :class:`~vestige.evidence.audit.AuditResult`."""
-        with self._bar() as advance:
+        with progress_bar("audit", self._missing_work(), self.progress) as advance:
             return {
                 "anatomy": self._anatomy(),
                 "heads": self._heads(advance),
                 "sinks": self._sinks(advance),
                 "cells": self._retention(advance),
                 "costs": self._costs(advance),
-                "measured": self.measured,
+                "measured": self.record.measured,
             }
 
     def _anatomy(self) -> dict[str, Any]:
@@ -150,14 +138,13 @@ class Auditor:
     def _retention(self, advance: Advance) -> pd.DataFrame:
         import pandas as pd
 
+        for policies, prompts in self._passes():
+            for policy, prompt, budget, row in self._ask(policies, prompts):
+                if (key := self.cell_keys[policy][prompt.needle, budget]) not in self.known:
+                    self._store(key, **row)
+            advance(self._work(policies) * len(prompts), "needles")
         rows = []
         for policy, keys in self.cell_keys.items():
-            missing = self._unasked(policy)
-            for first in range(0, len(missing), self.plan.batch):
-                some = missing[first : first + self.plan.batch]
-                for prompt, budget, row in self._ask(policy, some):
-                    self._store(keys[prompt.needle, budget], **row)
-                advance(self._work(policy) * len(some), f"needles under {label(policy)}")
             for (needle, budget), key in keys.items():
                 row = self.known[key]
                 told = {name: row["metrics"][name] for name in ("found", "share")}
@@ -165,40 +152,46 @@ class Auditor:
                 rows.append({**place, "seed": needle.seed, **told, "kv_bytes": row["kv_bytes"]})
         return pd.DataFrame(rows)
 
-    def _unasked(self, policy: CachePolicy) -> list[NeedlePrompt]:
-        """The prompts of which some budget is missing."""
-        keys = self.cell_keys[policy]
-        left = {needle for (needle, _), key in keys.items() if key not in self.known}
-        return [prompt for prompt in self.prompts if prompt.needle in left]
+    def _passes(self) -> list[tuple[tuple[CachePolicy, ...], list[NeedlePrompt]]]:
+        """What is yet to be read: prompts in batches, each by the policies that lack a cell of it.
+
+        Those that read as the model does read together; the others come one by one.
+        """
+        passes = []
+        for first in range(0, len(self.prompts), self.plan.batch):
+            prompts = self.prompts[first : first + self.plan.batch]
+            needles = {prompt.needle for prompt in prompts}
+            lacking = [
+                policy
+                for policy, keys in self.cell_keys.items()
+                if any(needle in needles and key not in self.known for (needle, _), key in keys.items())
+            ]
+            passes += [(policies, prompts) for policies in reading_groups(lacking)]
+        return passes
 
     def _ask(
-        self, policy: CachePolicy, prompts: Sequence[NeedlePrompt]
-    ) -> Iterator[tuple[NeedlePrompt, int, dict[str, Any]]]:
-        """Read the contexts once; for each budget cut the cache, then ask."""
-        budgets = self.plan.budgets_of(policy)
-        with at(policy, 1.0).attach(self.model) as kept, torch.inference_mode():
-            began = _now(self.model.device)
-            self.model(context_batch(prompts, self.model.device), use_cache=True, logits_to_keep=1)
-            cache = kept.cache
-            assert cache is not None
-            reading = (_now(self.model.device) - began) / len(budgets)
-            for budget in budgets:
-                began = _now(self.model.device)
-                cut = cache.cut(budget) if evicts(policy) else cache.fork()
+        self, policies: Sequence[CachePolicy], prompts: Sequence[NeedlePrompt]
+    ) -> Iterator[tuple[CachePolicy, NeedlePrompt, int, dict[str, Any]]]:
+        """Read the contexts once; for each policy and budget cut the cache, then ask."""
+        cells = [(place, budget) for place, policy in enumerate(policies) for budget in self.plan.budgets_of(policy)]
+        with read(self.model, policies, context_batch(prompts, self.model.device)) as reading:
+            for place, budget in cells:
+                began = now(self.model.device)
+                cut = reading.cache(place, budget)
                 held = cut.nbytes
                 recitals = recite(self.model, prompts, cut)
-                seconds = _now(self.model.device) - began + reading
+                seconds = now(self.model.device) - began + reading.seconds / len(cells)
                 for prompt, recital in zip(prompts, recitals, strict=True):
                     said = {"share": recital.share, "said": self.tokenizer.decode(recital.said)}
                     row = {
-                        "method": at(policy, budget).spec(),
+                        "method": at(policies[place], budget).spec(),
                         "task": prompt.needle.spec(),
                         "seed": prompt.needle.seed,
                         "metrics": {"budget": budget, "found": recital.found, **said},
                         "kv_bytes": held // len(prompts),
                         "seconds": seconds / len(prompts),
                     }
-                    yield prompt, budget, row
+                    yield policies[place], prompt, budget, row
 
     def _costs(self, advance: Advance) -> pd.DataFrame:
         import pandas as pd
@@ -240,17 +233,10 @@ class Auditor:
         return cell_key(kind, **self.given, **what)
 
     def _store(self, key: str, **row: Any) -> None:
-        """Append a row, and know it. Another audit of the same folder may have been faster: then its row stands."""
-        try:
-            self.ledger.append({"study": "audit", "model": self.name, **row}, key=key)
-            self.measured += 1
-        except LedgerError:
-            if not self.ledger.has(key):
-                raise
-        self.known[key] = row
+        self.record.store(key, study="audit", model=self.name, **row)
 
-    def _work(self, policy: CachePolicy) -> float:
-        return self.plan.length + QUESTION_TOKENS * len(self.plan.budgets_of(policy))
+    def _work(self, policies: Sequence[CachePolicy]) -> float:
+        return self.plan.length + QUESTION_TOKENS * sum(len(self.plan.budgets_of(policy)) for policy in policies)
 
     def _cost_work(self) -> float:
         return self.plan.length + DECODED_TOKEN * self.plan.decode_tokens
@@ -260,74 +246,10 @@ class Auditor:
         probed = self.head_keys | self.sink_keys
         return (
             sum(needle.length for needle, key in probed.items() if key not in self.known)
-            + sum(self._work(policy) * len(self._unasked(policy)) for policy in self.plan.policies)
+            + sum(self._work(policies) * len(prompts) for policies, prompts in self._passes())
             + self._cost_work() * sum(key not in self.known for key in self.cost_keys.values())
         )
-
-    @contextmanager
-    def _bar(self) -> Iterator[Advance]:
-        """A progress bar on stderr; it counts what is left to do."""
-        if not self.progress:
-            yield lambda work, what: None
-            return
-        from rich.console import Console
-        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
-
-        columns = (TextColumn("{task.description:<28}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-            task = bar.add_task("audit", total=self._missing_work())
-            yield lambda work, what: bar.update(task, advance=work, description=what)
-
-
-def time_policy(model: Any, policy: CachePolicy, ids: torch.Tensor, tokens: int) -> tuple[float, list[float], int]:
-    """Seconds of reading ``ids``, seconds of each of ``tokens`` decoded tokens, and the bytes held at the end.
-
-    The policy works as a user would have it work: entries go while reading and while decoding.
-    """
-    with policy.attach(model) as kept, torch.inference_mode():
-        cache = kept.new_cache()
-        began = _now(model.device)
-        logits = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
-        token = logits[:, -1:].argmax(dim=-1)
-        prefill = _now(model.device) - began
-        decode = []
-        for _ in range(WARM_UP + tokens):
-            began = _now(model.device)
-            logits = model(token, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
-            token = logits[:, -1:].argmax(dim=-1)
-            decode.append(_now(model.device) - began)
-        return prefill, decode[WARM_UP:], kept.nbytes
-
-
-def _now(device: torch.device) -> float:
-    """The clock, once the device has done what it was given."""
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
-    return time.perf_counter()
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def _rounded(shares: np.ndarray) -> list[list[float]]:
     return np.round(shares.astype(float), 5).tolist()
-
-
-def fingerprint(network: Any) -> str:
-    """What tells two models apart: names, shapes and a sample of the values of all weights, hashed."""
-    import torch
-
-    digest = hashlib.sha256()
-    with torch.no_grad():
-        for name, weight in network.named_parameters():
-            flat = weight.reshape(-1)
-            sample = flat[:: max(1, flat.numel() // 32)][:32].float().cpu().numpy()
-            digest.update(f"{name} {tuple(weight.shape)}".encode() + sample.tobytes())
-    return digest.hexdigest()[:16]
-
-
-def cell_key(kind: str, **what: Any) -> str:
-    """The ledger key of a measurement: its kind, and a hash of all that it depends on."""
-    text = json.dumps(what, sort_keys=True, default=str)
-    return f"{kind}-{hashlib.sha256(text.encode()).hexdigest()[:24]}"

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
-import platform
 from typing import TYPE_CHECKING
 
-import vestige
+from vestige.evidence.amounts import size
 from vestige.evidence.report.figures import depth_map, head_map, retention_curves, series_of
-from vestige.evidence.report.page import Answers, Code, Figure, Figures, Page, Section, Table, Text, write_page
+from vestige.evidence.report.page import (
+    Answers,
+    Code,
+    Figure,
+    Figures,
+    Page,
+    Section,
+    Table,
+    Text,
+    versions_line,
+    write_page,
+)
 from vestige.evidence.summaries import KEEP
 from vestige.evidence.tasks.needle import Needle
 
@@ -44,7 +54,7 @@ def audit_page(result: AuditResult) -> Page:
             Section("anatomy", "Anatomy", [_anatomy(result)]),
             Section("method", "How this was measured", _method(result)),
         ],
-        footer=_versions(),
+        footer=versions_line(),
     )
 
 
@@ -77,15 +87,6 @@ def answers(result: AuditResult) -> list[tuple[str, str]]:
         (f"{result.sinks.mean():.0%}", "of all attention falls on the first token, on average over all heads.")
     )
     return found
-
-
-def size(count: float) -> str:
-    """Bytes as people read them (powers of 1,000)."""
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if count < 1000 or unit == "GB":
-            return f"{count:.0f} {unit}" if unit == "bytes" or count >= 100 else f"{count:.1f} {unit}"
-        count /= 1000
-    raise AssertionError
 
 
 def _enough(answer: Smallest, length: int) -> tuple[str, str]:
@@ -241,13 +242,3 @@ def _method(result: AuditResult) -> list[object]:
         f"{len(plan.needles())} prompts the intervals are wide; more seeds make them narrower.",
     ]
     return [*map(Text, texts), Text("The command that measured this:"), Code(plan.command(result.model))]
-
-
-def _versions() -> str:
-    import torch
-    import transformers
-
-    return (
-        f"Vestige {vestige.__version__}, torch {torch.__version__}, transformers {transformers.__version__}, "
-        f"Python {platform.python_version()}. Every number here is a row of ledger.jsonl beside this page."
-    )
