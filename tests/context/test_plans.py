@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from vestige.context.evict.a2sf import A2SF
 from vestige.context.evict.full import Full
 from vestige.context.evict.h2o import H2O
+from vestige.context.evict.lazy_eviction import LazyEviction
 from vestige.context.evict.streaming_llm import StreamingLLM
 from vestige.context.plan import windows
 from vestige.context.plan.adaptive import Adaptive
@@ -82,6 +83,12 @@ def test_policies_that_cannot_be_planned(plan, policy):
         plan(policy=policy)
 
 
+def test_scores_that_cannot_be_compared_share_nothing_out():
+    for policy in (LazyEviction(), Pyramid(policy=LazyEviction())):
+        with pytest.raises(SpecError, match=r"compared"):
+            Adaptive(policy=policy)
+
+
 def test_full_under_a_plan_is_the_model_alone(llama):
     with torch.no_grad():
         alone = llama(tokens(1, 20)).logits
@@ -93,11 +100,11 @@ def test_heads_that_look_widely_get_more():
     rank = torch.full((1, 2, 12), 0.01)
     rank[0, 0] = torch.linspace(0.5, 0.6, 12)  # everything matters
     rank[0, 1, 3] = 1.0  # one entry does
-    assert Adaptive(safeguard=0.0).share_out(rank, [4]).tolist() == [[7, 1]]
-    assert Adaptive(safeguard=0.5).share_out(rank, [4]).tolist() == [[6, 2]]
-    assert Adaptive(safeguard=1.0).share_out(rank, [4]) is None
-    assert Adaptive(safeguard=0.0).share_out(rank, [12]) is None
-    several = Adaptive(safeguard=0.0).share_out(rank.repeat(2, 1, 1), [4, 12])
+    assert Adaptive(policy=H2O(), safeguard=0.0).share_out(rank, [4]).tolist() == [[7, 1]]
+    assert Adaptive(policy=H2O(), safeguard=0.5).share_out(rank, [4]).tolist() == [[6, 2]]
+    assert Adaptive(policy=H2O(), safeguard=1.0).share_out(rank, [4]) is None
+    assert Adaptive(policy=H2O(), safeguard=0.0).share_out(rank, [12]) is None
+    several = Adaptive(policy=H2O(), safeguard=0.0).share_out(rank.repeat(2, 1, 1), [4, 12])
     assert several.tolist() == [[7, 1], [12, 12]]
 
 
@@ -105,7 +112,7 @@ def test_heads_that_look_widely_get_more():
 @settings(max_examples=60, deadline=None)
 def test_no_shares_of_one_total_keep_more_of_the_scores(seed, budget):
     rank = torch.rand(1, 3, 10, generator=torch.Generator().manual_seed(seed)) ** 4
-    shares = Adaptive(safeguard=0.0).share_out(rank, [budget])
+    shares = Adaptive(policy=H2O(), safeguard=0.0).share_out(rank, [budget])
     mine = [budget] * 3 if shares is None else shares[0].tolist()
     assert sum(mine) == 3 * budget
 

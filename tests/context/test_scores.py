@@ -11,7 +11,8 @@ from torch import nn
 import vestige
 from vestige.context.attention import attend
 from vestige.context.cache import KeptCache
-from vestige.errors import SpecError
+from vestige.context.evict.lazy_eviction import LazyEviction
+from vestige.errors import InputError, SpecError
 
 
 class Bench:
@@ -174,6 +175,13 @@ def test_lazy_eviction_counts_silence_and_the_longest_interval():
     #                                        prompt   step 1  2  3  4
     assert state["silence"][0, 0].tolist() == [1, 4, 0, 3, 1, 0]
     assert state["longest"][0, 0].tolist() == [2, 0, 2, 0, 1, 1]
+
+
+def test_lazy_eviction_suggests_a_lag_from_what_it_has_seen():
+    bench = lazily([[0.5, 0.0, 0.2], [0.0, 0.0, 0.2, 0.0], [0.3, 0.0, 0.0, 0.0, 0.1], [0.05, 0.0, 0.3, 0.0, 0.0, 0.9]])
+    assert [LazyEviction.suggest_lag(bench.cache, share) for share in (0.25, 0.5, 0.75, 1.0)] == [1, 1, 2, 2]
+    with pytest.raises(InputError, match="decode some tokens"):
+        LazyEviction.suggest_lag(Bench(method("lazy-eviction")).cache)
 
 
 def test_lazy_eviction_ranks_by_its_score_and_equals_by_age():

@@ -70,7 +70,9 @@ def attend(
     plain = functools.partial(one if step.decoding else _attend_chunk, module, look, layer, policy, step)
     output = policy.respond(layer, look, step, plain)
     if not step.decoding or policy.needs_queries:
-        policy.observe(layer, look, step)
+        entries = layer.entries
+        policy.observe(entries, look, step)
+        entries.commit()
     if not step.decoding:
         layer.settle(step)
     return output, None

@@ -118,6 +118,9 @@ class KeptLayer(CacheLayerMixin):
         """The entries as policies and watchers see them: the heads' side by side."""
         return self
 
+    def commit(self) -> None:
+        """Take over what a policy has written down about :attr:`entries`."""
+
     @property
     def _ranking(self) -> Ranking:
         """What ranks the entries; asked for only where some may be dropped."""

@@ -138,12 +138,14 @@ class Ranking(CachePolicy):
         lag: decoding steps from one drop to the next.
         by_age: whether the entry to give up while decoding is simply the oldest that is no sink.
         needs_lost: whether :meth:`lose` is to be called.
+        comparable: whether scores of different heads may be compared, and not only those of one head.
     """
 
     sinks = 0
     lag = 1
     by_age: ClassVar[bool] = False
     needs_lost: ClassVar[bool] = False
+    comparable: ClassVar[bool] = True
 
     @property
     def ranking(self) -> Ranking:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from vestige.context.cache import KeptLayer, Step
+from vestige.context.cache import KeptCache, KeptLayer, Step
 from vestige.context.policy import Evict
 from vestige.core.method import Paper, param
-from vestige.errors import SpecError
+from vestige.errors import InputError, SpecError
 
 __all__ = ["LazyEviction"]
 
@@ -30,9 +31,9 @@ class LazyEviction(Evict):
     tokens of the window are kept, so that each entry is watched for a while before it is judged. Prompts are not cut:
     nothing is known of recurrence then.
 
-    ``activity`` is absolute, and so sensible only below the weight that an entry would get by chance, one over the
-    entries held. Choose ``lag`` by the recurrence intervals of a model on a task: the 80th percentile of the
-    longest intervals is the paper's choice (27 to 363 steps).
+    ``activity`` is absolute: sensible values lie around or below the weight that an entry would get by chance, one over
+    the entries held. ``lag`` goes by how a model recurs on a task: the paper takes the 80th percentile of the longest
+    intervals, 27 to 363 steps; :meth:`suggest_lag` measures it.
     """
 
     name = "lazy-eviction"
@@ -51,6 +52,7 @@ class LazyEviction(Evict):
     when: Literal["decoding"] = param("decoding", "recurrence shows while decoding: prompts are not cut")
 
     needs_attention: ClassVar[bool] = True
+    comparable: ClassVar[bool] = False
 
     def check(self) -> None:
         super().check()
@@ -59,6 +61,22 @@ class LazyEviction(Evict):
                 f"lazy-eviction: parameter 'budget' is {self.budget}; "
                 f"it must hold sinks + lag = {self.sinks + self.lag}"
             )
+
+    @staticmethod
+    def suggest_lag(cache: KeptCache, share: float = 0.8) -> int:
+        """The interval that ``share`` of the entries that were active never exceeded, to be used as ``lag``.
+
+        ``cache`` is what a policy with ``budget=1.0`` has held while a typical text was written, a few hundred tokens
+        or more.
+
+        Raises:
+            InputError: nothing has been decoded with it under this policy.
+        """
+        states = [layer.state["longest"].flatten() for layer in cache.layers if "longest" in layer.state]
+        longest = torch.cat([state[state > 0].cpu() for state in states]) if states else torch.empty(0)
+        if not len(longest):
+            raise InputError("lazy-eviction: no entry has been active yet; decode some tokens with this cache first")
+        return int(longest.sort().values[math.ceil(share * len(longest)) - 1])
 
     def recent_tokens(self, allowed: int) -> int:
         return max(super().recent_tokens(allowed), min(self.lag, allowed - self.sinks))

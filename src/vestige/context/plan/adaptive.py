@@ -25,7 +25,7 @@ class Adaptive(Sharing):
     rounded so that the heads together hold exactly *H b*. The heads part when a prompt is cut (and at each of its
     chunks); while decoding each keeps to its part, and what the budget grows by goes to all alike.
 
-    Scores are compared as they are. Attention is comparable between heads; norms of keys are less so.
+    Scores are compared as they are: attention means the same in every head, norms of keys less so.
     """
 
     name = "adaptive"
@@ -52,6 +52,12 @@ class Adaptive(Sharing):
             raise SpecError(
                 f"{self.name}: parameter 'policy' is {self.policy.name}, which stores or reads entries in its own way; "
                 "heads with budgets of their own need one that does not"
+            )
+
+        if not self._inner.comparable:
+            raise SpecError(
+                f"{self.name}: parameter 'policy' is {self.policy.name}, whose scores rank the entries of one head; "
+                "those of different heads cannot be compared"
             )
 
     def share_out(self, rank: Tensor, budgets: list[int]) -> Tensor | None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vestige.context.attention import Look
 from vestige.context.cache import KeptCache, KeptLayer, Step
-from vestige.context.evict.a2sf import A2SF
+from vestige.context.evict.snapkv import SnapKV
 from vestige.context.policy import CachePolicy, Ranking
 from vestige.core.anatomy import Anatomy
 from vestige.core.method import param
@@ -25,7 +25,7 @@ class Sharing(Ranking):
     Every question that the cache asks goes on to the policy, but for how its budget is shared out.
     """
 
-    policy: CachePolicy = param(factory=A2SF, help="what ranks the entries, and the mean budget per head")
+    policy: CachePolicy = param(factory=SnapKV, help="what ranks the entries, and the mean budget per head")
 
     def check(self) -> None:
         ranking = self.policy.ranking
@@ -61,6 +61,10 @@ class Sharing(Ranking):
     @property
     def needs_rotary(self) -> bool:  # type: ignore[override]
         return self.policy.needs_rotary
+
+    @property
+    def comparable(self) -> bool:  # type: ignore[override]
+        return self._inner.comparable
 
     @property
     def plain(self) -> bool:

@@ -13,9 +13,14 @@ from typing import Any
 
 import torch
 
+from vestige.context.evict.h2o import H2O
+from vestige.context.evict.streaming_llm import StreamingLLM
+from vestige.context.plan.adaptive import Adaptive
 from vestige.context.plan.passkeys import copies
+from vestige.context.plan.pyramid import Pyramid
 from vestige.context.plan.sharing import Sharing
 from vestige.context.plan.windows import ALL, HeadWindows
+from vestige.context.select.recycled_attention import RecycledAttention
 from vestige.core.anatomy import Anatomy
 from vestige.core.method import Method
 from vestige.errors import InputError, SpecError, UnsupportedModelError
@@ -36,16 +41,17 @@ for check in context.evicting.checks:
 
 @sharing.check("reference")
 def other_scores_agree(case: CacheCase) -> Seen:
-    """The same over another score, and over another plan."""
-    from vestige.context.evict.h2o import H2O
-    from vestige.context.plan.adaptive import Adaptive
-    from vestige.context.plan.pyramid import Pyramid
-
+    """The same over a score that goes on while decoding, under every schedule, and over another plan."""
     other = Pyramid if isinstance(case.method, Adaptive) else Adaptive
-    scores = [H2O(budget=BUDGET, sinks=2, recent=3), other(policy=H2O(budget=BUDGET))]  # type: ignore[operator]
+    scores = {
+        "h2o": H2O(budget=BUDGET, sinks=2, recent=3),
+        "h2o while decoding": H2O(budget=BUDGET, when="decoding"),
+        "h2o, lag of 3": H2O(budget=0.4, lag=3),
+        f"{other.name} over h2o": other(policy=H2O(budget=BUDGET)),
+    }
     return {
-        f"difference over {policy.name}": against_reference(case, case.method.replace(policy=policy), "llama", CHUNKS)
-        for policy in scores
+        f"difference over {name}": against_reference(case, case.method.replace(policy=policy), "llama", CHUNKS)
+        for name, policy in scores.items()
     }
 
 
@@ -56,29 +62,28 @@ def the_total_is_the_budget(case: CacheCase) -> Seen:
     anatomy = Anatomy.of(model)
     heads = anatomy.num_layers * anatomy.num_kv_heads
     most = 0
-    for tokens, mask in ((case.tokens(2, PROMPT + DECODED), None), padded(case)):
-        with case.fitted.attach(model) as kept:
-            cache = kept.cache = kept.new_cache()
-            for start, count in ((0, PROMPT), *((n, 1) for n in range(PROMPT, PROMPT + DECODED))):
-                feed(
-                    model,
-                    tokens[:, start : start + count],
-                    [count],
-                    cache,
-                    None if mask is None else mask[:, : start + count],
+    for policy in (case.fitted, case.method.replace(policy=H2O(budget=BUDGET))):  # type: ignore[call-arg]
+        # A score that comes from prompts alone lets the cache grow while decoding.
+        steps = range(PROMPT, PROMPT + DECODED) if policy.ranking.acts(decoding=True) else ()  # type: ignore[union-attr]
+        for tokens, mask in ((case.tokens(2, PROMPT + DECODED), None), padded(case)):
+            with policy.attach(model) as kept:
+                cache = kept.cache = kept.new_cache()
+                for start, count in ((0, PROMPT), *((n, 1) for n in steps)):
+                    end = start + count
+                    feed(model, tokens[:, start:end], [count], cache, None if mask is None else mask[:, :end])
+                    held = [_held(cache, row) for row in range(len(tokens))]
+                    due = [min(BUDGET, real) * heads for real in cache.real]
+                    expect(held == due, f"{held} entries are held after {end} tokens, where {due} are due")
+                most = max(most, *held)
+                parts = kept.nbytes_by_part
+                entries = parts["keys"] + parts["values"]
+                allowed = len(tokens) * BUDGET * anatomy.cache_bytes_per_token()
+                # Rows of different lengths may lie side by side, the shorter filled up with empty slots.
+                expect(
+                    entries == allowed or mask is not None,
+                    f"keys and values take {entries} bytes, {BUDGET} entries per head {allowed}",
                 )
-                held = [_held(cache, row) for row in range(len(tokens))]
-                due = [min(BUDGET, real) * heads for real in cache.real]
-                expect(held == due, f"{held} entries are held after {start + count} tokens, where {due} are due")
-            most = max(most, *held)
-            parts = kept.nbytes_by_part
-            entries, allowed = parts["keys"] + parts["values"], len(tokens) * BUDGET * anatomy.cache_bytes_per_token()
-            # Rows of different lengths may lie side by side, the shorter filled up with empty slots.
-            expect(
-                entries == allowed or mask is not None,
-                f"keys and values take {entries} bytes, {BUDGET} entries per head {allowed}",
-            )
-            expect(kept.nbytes - entries < entries, f"what ranks the entries takes more than they do: {parts}")
+                expect(kept.nbytes - entries < entries, f"what ranks the entries takes more than they do: {parts}")
     return {"entries": most, "bytes": kept.nbytes}
 
 
@@ -89,9 +94,6 @@ def _held(cache: Any, row: int) -> int:
 @sharing.check("bad input")
 def policies_that_cannot_be_planned_are_refused(case: CacheCase) -> Seen:
     """A policy that keeps every entry, or that turns keys by what is held, raises SpecError with its name."""
-    from vestige.context.evict.streaming_llm import StreamingLLM
-    from vestige.context.select.recycled_attention import RecycledAttention
-
     build = case.method.replace
     refused(SpecError, lambda: build(policy=RecycledAttention()), "policy", "recycled-attention")
     refused(SpecError, lambda: build(policy=StreamingLLM()), "policy", "streaming-llm")

@@ -14,14 +14,28 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div
 
+from vestige.context.evict.full import Full
+from vestige.context.plan.windows import HeadWindows
 from vestige.context.policy import CachePolicy
+from vestige.core.anatomy import Anatomy
 from vestige.evidence.certify.caching import CacheCase, feed
+from vestige.evidence.certify.suite import NotApplicable
 from vestige.evidence.data.text import passages
 
-__all__ = ["BUDGET", "READ", "Reading", "excess_loss_while_rolling", "read_on"]
+__all__ = [
+    "BUDGET",
+    "READ",
+    "Reading",
+    "copying_loss",
+    "divergence",
+    "excess_loss_while_rolling",
+    "planned",
+    "read_on",
+]
 
 READ, GO_ON = 256, 32  # tokens read before the cut, and after it
 BUDGET = 40  # entries that the cut leaves
+COPIED, LEAD = slice(64, 96), 4  # tokens of a passage that come again, and those of them by which one knows it
 
 
 @dataclass(frozen=True)
@@ -43,7 +57,7 @@ class Reading:
 
 def read_on(case: CacheCase, policy: CachePolicy, budget: int = BUDGET) -> Reading:
     """Read, cut to a budget in tokens, and read on."""
-    return _read_on(case.lm, policy.replace(budget=1.0), budget, case.seeds)
+    return _read_on(case.lm, policy.with_budget(1.0), budget, case.seeds)
 
 
 @functools.lru_cache(maxsize=64)
@@ -61,15 +75,71 @@ def _read_on(lm: tuple[Any, Any], policy: CachePolicy, budget: int, seeds: tuple
 
         def look(layer: int, query: Tensor, keys: Tensor, positions: Tensor | None, scaling: float) -> None:
             received = _attention_to_the_past(query, keys, scaling)
-            shares.append((received.gather(2, held[layer]).sum(dim=2) / received.sum(dim=2)).mean(dim=1))
+            on_kept = received.gather(2, held[layer].clamp_min(0)) * (held[layer] >= 0)
+            shares.append((on_kept.sum(dim=2) / received.sum(dim=2)).mean(dim=1))
 
         watch = kept.watch(look)
         full = model(ahead, past_key_values=whole).logits.float().log_softmax(dim=-1)
         watch.remove()
         after = model(ahead, past_key_values=cut).logits.float().log_softmax(dim=-1)
         divergence = kl_div(after, full, reduction="none", log_target=True).sum(dim=-1).mean(dim=1)
-    ages = torch.stack([(READ - 1 - positions).double().mean(dim=(1, 2)) for positions in held])
+    ages = torch.stack([_mean_age(positions) for positions in held])
     return Reading(torch.stack(shares).mean(dim=0), divergence, ages.mean(dim=0))
+
+
+def _mean_age(positions: Tensor) -> Tensor:
+    """``(batch,)`` mean over the entries held, of heads that may hold unequal numbers of them."""
+    there = positions >= 0
+    return ((READ - 1 - positions) * there).sum(dim=(1, 2)) / there.sum(dim=(1, 2)).double()
+
+
+def divergence(case: CacheCase, policy: CachePolicy, *, singly: bool = False) -> Tensor:
+    """``(seeds,)`` how far predictions are from those of the model alone, after a passage read under a policy.
+
+    Kullback-Leibler, in nats per token, over the tokens that follow: a chunk, or fed ``singly`` as in generation.
+    """
+    mine = _predictions(case.lm, policy, singly, case.seeds)
+    alone = _predictions(case.lm, Full(), False, case.seeds)
+    return kl_div(mine, alone, reduction="none", log_target=True).sum(dim=-1).mean(dim=1)
+
+
+@functools.lru_cache(maxsize=16)
+@torch.no_grad()
+def _predictions(lm: tuple[Any, Any], policy: CachePolicy, singly: bool, seeds: tuple[int, ...]) -> Tensor:
+    """``(seeds, tokens, vocabulary)`` logarithms of the probabilities of what comes after each token past the first
+    :data:`READ`."""
+    model, tokenizer = lm
+    tokens = passages(tokenizer, READ + GO_ON, seeds).to(model.device)
+    after = [1] * GO_ON if singly else [GO_ON]
+    with policy.attach(model) as kept:
+        run = feed(model, tokens, [READ, *after], kept.new_cache(), kept=False)
+    return torch.cat(run.logits[1:], dim=1).float().log_softmax(dim=-1)
+
+
+@torch.no_grad()
+def copying_loss(case: CacheCase, policy: CachePolicy) -> Tensor:
+    """``(seeds,)`` loss in nats per token of a stretch that comes again, far back in a passage read under a policy."""
+    model, tokenizer = case.lm
+    tokens = passages(tokenizer, READ, case.seeds).to(model.device)
+    again = tokens[:, COPIED]
+    with policy.attach(model) as kept:
+        chunks = [READ, again.shape[1]]
+        run = feed(model, torch.cat([tokens, again], dim=1), chunks, kept.new_cache(), kept=False)
+    return loss(run.logits[1][:, LEAD - 1 :], again[:, LEAD - 1 :])
+
+
+def planned(case: CacheCase, **changes: Any) -> Any:
+    """A plan of heads with the tables that are known for the language model, and changes to other parameters.
+
+    Raises:
+        NotApplicable: none are known.
+    """
+    anatomy = Anatomy.of(case.lm[0])
+    policy = case.method
+    assert isinstance(policy, HeadWindows)
+    if not policy.fitted and policy.known(anatomy) is None:
+        raise NotApplicable(f"no plan of {policy.name} is known for {case.model_name}: fit one, and save it")
+    return policy.on(anatomy).replace(**changes)
 
 
 def _attention_to_the_past(query: Tensor, keys: Tensor, scaling: float) -> Tensor:

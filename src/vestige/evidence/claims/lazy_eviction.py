@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-import vestige
 from vestige.context.attention import attend
 from vestige.context.cache import KeptCache
+from vestige.context.evict.streaming_llm import StreamingLLM
+from vestige.context.evict.tova import TOVA
 from vestige.context.policy import Evict
 from vestige.evidence.certify.caching import CacheCase
 from vestige.evidence.certify.suite import Seen, expect
@@ -25,10 +26,10 @@ def what_recurs_survives_its_silence(case: CacheCase) -> Seen:
     TOVA gets the same lag and the same protected window, so that both hold as much at any time.
     """
     lazy = case.on_lm(budget=BUDGET, lag=WINDOW, activity=0.02, sinks=0, recent=0)
-    latest = vestige.method("tova", budget=BUDGET, lag=WINDOW, recent=WINDOW)
-    window = vestige.method("streaming-llm", budget=BUDGET, sinks=0, lag=WINDOW)
+    latest = TOVA(budget=BUDGET, lag=WINDOW, recent=WINDOW)
+    window = StreamingLLM(budget=BUDGET, sinks=0, lag=WINDOW)
     there = {
-        name: [still_there(policy, seed) for seed in case.seeds]  # type: ignore[arg-type]
+        name: [still_there(policy, seed) for seed in case.seeds]
         for name, policy in (("lazy", lazy), ("tova", latest), ("window", window))
     }
     for mine, *others in zip(there["lazy"], there["tova"], there["window"], strict=True):
