@@ -58,18 +58,22 @@ def drives(batch: int, length: int, device: str, dtype: torch.dtype, heads: int,
 
 
 def one_after_the_other(drive: Drive) -> tuple[Tensor, Tensor]:
-    """The recurrence as a loop over tokens."""
+    """The recurrence as a loop over tokens.
+
+    Tensors are taken apart once: to index them anew for each token would make the backward pass quadratic.
+    """
+    batch, length, heads = drive.v.shape[:3]
+    decay = drive.decay
+    if decay is not None and decay.dim() == 1:
+        decay = decay.expand(batch, length, heads)
+    parts = [drive.q, drive.k, drive.v, decay, drive.beta]
+    columns = [[None] * length if t is None else t.unbind(1) for t in parts]
     state, read = None, []
-    for t in range(drive.v.shape[1]):
-        at = [None if x is None else x if x.dim() == 1 else x[:, t] for x in (drive.decay, drive.beta)]
-        out, state = step(Drive(drive.q[:, t], drive.k[:, t], drive.v[:, t], *_rows(at, drive), drive.scale), state)
+    for at in zip(*columns, strict=True):
+        out, state = step(Drive(*at, scale=drive.scale), state)
         read.append(out)
     assert state is not None
     return torch.stack(read, 1), state
-
-
-def _rows(at: list[Tensor | None], drive: Drive) -> list[Tensor | None]:
-    return [x if x is None or x.dim() > 1 else x.expand(drive.v.shape[0], -1) for x in at]
 
 
 def seconds(function: Callable[[], Any], device: str, repeats: int) -> float:
