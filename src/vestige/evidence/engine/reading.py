@@ -63,6 +63,7 @@ def read(
     policies: Sequence[CachePolicy],
     ids: Int[Tensor, "batch length"],
     attention_mask: Int[Tensor, "batch length"] | None = None,
+    position_ids: Int[Tensor, "batch length"] | None = None,
 ) -> Iterator[Reading]:
     """Run a text through a model once; what comes out of the ``with`` gives caches for every policy and budget.
 
@@ -70,6 +71,8 @@ def read(
         policies: one of the groups that :func:`reading_groups` makes.
         ids: the text, rows padded on the left where they differ in length.
         attention_mask: 0 for padding.
+        position_ids: place of each token among its row's real ones, where there is padding.
+        position_ids: for models that would else count padding as text.
 
     Raises:
         SpecError: the policies cannot share a pass.
@@ -78,5 +81,6 @@ def read(
     reader = Together(policies=whole) if len(whole) > 1 else whole[0]
     with reader.attach(model) as kept, torch.inference_mode():
         began = now(model.device)
-        model(ids, attention_mask=attention_mask, use_cache=True, logits_to_keep=1)
+        places = {} if position_ids is None else {"position_ids": position_ids}
+        model(ids, attention_mask=attention_mask, use_cache=True, logits_to_keep=1, **places)
         yield Reading(kept, policies, now(model.device) - began)
