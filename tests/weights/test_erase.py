@@ -13,6 +13,8 @@ from vestige.evidence.certify.erasing import state
 from vestige.models.tiny import tiny_model
 from vestige.weights.erase.examples import Examples, Reader
 from vestige.weights.erase.gradient_ascent import GradientAscent
+from vestige.weights.erase.gs_lora import GSLoRA
+from vestige.weights.erase.iau import IAU, gradient_restriction
 from vestige.weights.erase.losses import IGNORED, row_accuracy, row_losses
 from vestige.weights.erase.npo import NPO
 from vestige.weights.erase.random_label_forgetting import RandomLabelForgetting, random_labels
@@ -167,3 +169,49 @@ def test_retrain_asks_for_a_start_of_the_same_shapes():
 def test_an_eraser_inside_another_round_trips():
     method = SalUn(share=0.3, eraser=NPO(beta=0.5))
     assert Method.from_spec(method.to_yaml()) == method
+
+
+def test_the_penalty_of_gradient_restriction_and_its_gradient():
+    w = torch.tensor([3.0, 4.0], requires_grad=True)
+    loss = gradient_restriction(w.square().sum() / 2, [w], weight=0.1)
+    assert loss.item() == pytest.approx(12.5 + 0.5)
+    (gradient,) = torch.autograd.grad(loss, [w])
+    assert torch.allclose(gradient, w + 0.1 * w / 5)
+
+
+def test_iau_takes_no_step_that_hurts():
+    model = vit()
+    before = state(model)
+    trace = IAU(step=1e9, rule="sgd", tolerance=0.0).erase(model, **split())
+    assert trace.stopped == "over-forgetting"
+    assert all(torch.equal(value, before[name]) for name, value in state(model).items())
+
+
+def test_gs_lora_changes_feed_forward_maps_alone_and_leaves_no_adapter():
+    model = vit()
+    before, modules = state(model), {name: type(part) for name, part in model.named_modules()}
+    wanted = [p.requires_grad for p in model.parameters()]
+    trace = GSLoRA(rank=2, epochs=3, group="matrix").erase(model, **split())
+    changed = [name for name, value in state(model).items() if not torch.equal(value, before[name])]
+    assert changed and all("mlp" in name and name.endswith("weight") for name in changed)
+    assert {name: type(part) for name, part in model.named_modules()} == modules
+    assert [p.requires_grad for p in model.parameters()] == wanted and not hasattr(model, "peft_config")
+    assert len(trace.report["groups"]) == 8 and 0 < trace.report["trained"] < trace.report["weights"]
+
+
+def test_gs_lora_raises_the_loss_no_further_than_its_bound():
+    model = vit()
+    rows = split()
+    method = GSLoRA(epochs=60, bound=1.95, forget_weight=1.0, retain_weight=0.0, sparsity=0.0, tolerance=None)
+    trace = method.erase(model, **rows)
+    losses = [scores["forget_loss"] for scores in trace.history]
+    assert losses[0] < 1.9 and max(losses) < 2.05
+    assert all(1.95 < loss < 2.02 for loss in losses[-10:])  # it would go on to infinity without the bound
+
+
+def test_gs_lora_refuses_a_model_whose_maps_are_frozen():
+    model = vit()
+    for name, weight in model.named_parameters():
+        weight.requires_grad_("mlp" not in name)
+    with pytest.raises(UnsupportedModelError, match="mlp"):
+        GSLoRA().erase(model, **split())

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
+from vestige.core.anatomy import Anatomy
 from vestige.core.patch import Patch
 from vestige.errors import InputError, SpecError, TrainingError, VestigeError
 from vestige.evidence.certify.erasing import EraserCase, Problem, digits, seeded, state, untrained
@@ -45,20 +46,41 @@ def forms(method: Any) -> Iterator[Any]:
                 yield method.replace(**{name: value})
 
 
+def row_logits(model: Any, kind: str) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The logits of one row (labels, classes), and the labels that they are to predict (labels,), written out."""
+
+    def logits(weights: dict[str, Tensor], row: dict[str, Any], labels: Any = None) -> tuple[Tensor, Tensor]:
+        if kind == "classifier":
+            found = functional_call(model, weights, (), {"pixel_values": row["pixel_values"][None]}).logits
+            return found, torch.as_tensor(row["labels"] if labels is None else labels).reshape(1)
+        found = functional_call(model, weights, (), {"input_ids": row["input_ids"][None]}).logits
+        return found[0, :-1], (row["input_ids"] if labels is None else labels)[1:]
+
+    return logits
+
+
 def row_loss(model: Any, kind: str) -> Callable[..., Tensor]:
     """The negative log-likelihood of one row, written out."""
+    logits_of = row_logits(model, kind)
 
     def loss(weights: dict[str, Tensor], row: dict[str, Any], labels: Any = None, over: str = "mean") -> Tensor:
-        if kind == "classifier":
-            logits = functional_call(model, weights, (), {"pixel_values": row["pixel_values"][None]}).logits
-            due = torch.as_tensor(row["labels"] if labels is None else labels).reshape(1)
-        else:
-            logits = functional_call(model, weights, (), {"input_ids": row["input_ids"][None]}).logits[0, :-1]
-            due = (row["input_ids"] if labels is None else labels)[1:]
+        logits, due = logits_of(weights, row, labels)
         each = logits.logsumexp(1) - logits[torch.arange(len(due)), due]
         return each.mean() if over == "mean" else each.sum()
 
     return loss
+
+
+def linear(model: Any) -> dict[str, list[list[str]]]:
+    """The names of the weights of each block's linear maps."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    found: dict[str, list[list[str]]] = {"mlp": [], "attention": []}
+    for layer in Anatomy.of(model).layers:
+        maps = {"mlp": (layer.gate, layer.up, layer.down)}
+        maps["attention"] = (layer.query, layer.key, layer.value, layer.output)
+        for part, each in maps.items():
+            found[part].append(list(dict.fromkeys(names[id(m.stored)] for m in each if m is not None)))
+    return found
 
 
 def drawn(problem: Problem, kind: str, different: bool) -> list[Tensor]:
@@ -87,6 +109,9 @@ def weights_agree_with_the_equations(case: EraserCase) -> Seen:
             known = {
                 **method._values(),
                 "row_loss": row_loss(problem.model, kind),
+                "row_logits": row_logits(problem.model, kind),
+                "linear": linear(problem.model),
+                "causal": kind == "language model",
                 "weights": before,
                 "fresh": fresh,
                 "drawn": drawn(problem, kind, getattr(inner, "different", True)),

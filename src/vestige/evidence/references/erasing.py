@@ -3,7 +3,9 @@
 The reference of an eraser offers ``erase(row_loss, weights, ..., **hyper-parameters) -> weights``. ``weights`` maps
 names to float64 arrays, ``row_loss(weights, row, labels=None, over="mean")`` is the negative log-likelihood of one row
 (of its own labels, or of others), ``forget`` and ``retain`` are lists of rows that make one batch each. Further
-arguments by name: ``drawn`` (random labels, one per row to forget), ``fresh`` (weights that saw none of the rows).
+arguments by name: ``drawn`` (random labels, one per row to forget), ``fresh`` (weights that saw none of the rows),
+``row_logits(weights, row)`` (logits and the labels that they are to predict; in a language model one pair per token),
+``linear`` (the names of the weights of each block's linear maps, by ``"mlp"`` and ``"attention"``), ``causal``.
 ``SMALL`` holds hyper-parameters with which the small models of the certificate forget in seconds.
 """
 
@@ -40,8 +42,12 @@ def descend(
     epochs: int,
     clip: float | None,
     mask: Any = None,
+    later: Callable[[Weights], Tensor] | None = None,
+    start: float = 0,
 ) -> Weights:
     """Adam (Kingma and Ba 2015, algorithm 1) on one batch, with gradients that are masked, then clipped.
+
+    From epoch ``start`` on (the first is 0) the loss is ``later``, where there is one.
 
     m <- 0.9 m + 0.1 g;  v <- 0.999 v + 0.001 g^2;  w <- w - lr (m / (1 - 0.9^t)) / (sqrt(v / (1 - 0.999^t)) + 1e-8)
     """
@@ -49,7 +55,7 @@ def descend(
     m = {name: torch.zeros_like(w) for name, w in weights.items()}
     v = {name: torch.zeros_like(w) for name, w in weights.items()}
     for t in range(1, epochs + 1):
-        g = gradient(loss, weights)
+        g = gradient(later if later is not None and t - 1 >= start else loss, weights)
         if mask is not None:
             g = {name: g[name] * mask[name] for name in g}
         norm = sum(float(x.square().sum()) for x in g.values()) ** 0.5

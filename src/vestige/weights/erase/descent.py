@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -12,7 +14,24 @@ from vestige.core.patch import Patch
 from vestige.weights.erase.eraser import Eraser, Trace, Work, finite
 from vestige.weights.erase.examples import Row
 
-__all__ = ["Adam", "Descent"]
+__all__ = ["Adam", "Descent", "Step"]
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one step is made of.
+
+    Attributes:
+        epoch: passes over the forget set that are complete.
+        places: of the rows to forget in the forget set (rows,).
+        forget: these rows.
+        kept: batches to keep, without end; the next is this step's.
+    """
+
+    epoch: int
+    places: Tensor
+    forget: Row
+    kept: Iterator[Row]
 
 
 class Adam:
@@ -92,6 +111,11 @@ class Descent(Eraser):
     def _apply(self, work: Work, patch: Patch, trace: Trace) -> None:
         self.descend(work, patch, trace)
 
+    def loss(self, work: Work, step: Step, known: Any) -> Tensor:
+        """The loss of a step."""
+        loss = self.forget_loss(work, step.places, step.forget, known)
+        return loss + self.retain_weight * work.losses(next(step.kept)).mean() if self.retain_weight else loss
+
     def descend(self, work: Work, patch: Patch, trace: Trace, masks: dict[str, Tensor] | None = None) -> None:
         """Train; with masks, only where they are true."""
         known = self.prepare(work)
@@ -99,17 +123,17 @@ class Descent(Eraser):
         for weight in weights:
             patch.parameter(weight, weight.detach())  # the patch keeps what is about to change
         chosen = None if masks is None else [masks[name] for name in work.parameters]
-        adam = Adam(weights, self.learning_rate, self.clip, chosen)
-        watch = _Watch(self, work, trace, weights)
+        self.train(work, trace, Adam(weights, self.learning_rate, self.clip, chosen), known)
+
+    def train(self, work: Work, trace: Trace, adam: Adam, known: Any) -> None:
+        """Take steps with an optimizer until the epochs are over or a stop rule ends it."""
+        watch = _Watch(self, work, trace, adam.weights)
         draw = work.generator()
         kept = work.retain.forever(work.batch_size, work.device, work.generator(1))
         step = 0
-        for _ in range(self.epochs):
+        for epoch in range(self.epochs):
             for places, batch in work.batches(work.forget, draw):
-                loss = self.forget_loss(work, places, batch, known)
-                if self.retain_weight:
-                    loss = loss + self.retain_weight * work.losses(next(kept)).mean()
-                adam.step(loss)
+                adam.step(self.loss(work, Step(epoch, places, batch, kept), known))
                 step += 1
                 if self.check_every and step % self.check_every == 0 and watch.ends(step):
                     return

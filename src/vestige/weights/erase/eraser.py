@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from vestige.core.method import Method
 from vestige.core.patch import Patch
 from vestige.errors import InputError, SpecError, TrainingError, UnsupportedModelError
-from vestige.weights.erase.examples import Collate, Examples, Reader, Row, checked
+from vestige.weights.erase.examples import Collate, Examples, Reader, Row, disjoint
 from vestige.weights.erase.losses import row_accuracy, row_losses
 
 __all__ = ["Eraser", "Trace", "Work"]
@@ -197,16 +197,8 @@ class Eraser(Method):
             raise UnsupportedModelError(f"{type(model).__name__} has no weights that require gradients")
         reader = Reader.of(model, collate)
         gone, kept = Examples(forget, "forget", reader), Examples(retain, "retain", reader)
-        marks = checked(gone)
         sets = [kept] if held_out is None else [kept, Examples(held_out, "held_out", reader)]
-        for examples in sets:
-            common = checked(examples).items()
-            both = [(marks[mark], number) for mark, number in common if mark in marks]
-            if both:
-                raise InputError(
-                    f"forget and {examples.name} overlap in {len(both)} examples, "
-                    f"such as row {both[0][0]} of forget and row {both[0][1]} of {examples.name}"
-                )
+        disjoint(gone, *sets)
         if held_out is not None:
             aside = sets[1]
         elif self.holds_out:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from vestige.errors import InputError, UnsupportedModelError
 from vestige.weights.erase.losses import IGNORED
 
-__all__ = ["Examples", "Reader", "Row", "checked"]
+__all__ = ["Examples", "Reader", "Row", "checked", "disjoint"]
 
 Row = dict[str, Tensor]
 Collate = Callable[[list[Row]], Mapping[str, Tensor]]
@@ -177,6 +177,22 @@ def checked(examples: Examples) -> dict[bytes, int]:
         examples.reader.check(row, f"row {examples.numbers[place]} of {examples.name}")
         found.setdefault(_fingerprint(row), examples.numbers[place])
     return found
+
+
+def disjoint(forget: Examples, *others: Examples) -> None:
+    """Look at every row of all sets once, and refuse rows to forget that stand in another set too.
+
+    Raises:
+        InputError: a set overlaps with the first, is empty, or has labels out of range.
+    """
+    marks = checked(forget)
+    for examples in others:
+        both = [(marks[mark], number) for mark, number in checked(examples).items() if mark in marks]
+        if both:
+            raise InputError(
+                f"{forget.name} and {examples.name} overlap in {len(both)} examples, "
+                f"such as row {both[0][0]} of {forget.name} and row {both[0][1]} of {examples.name}"
+            )
 
 
 def _fingerprint(row: Row) -> bytes:
