@@ -159,7 +159,7 @@ class SparseStateExpansion(LinearMixer):
         super().check()
         if self.active >= self.partitions:
             raise SpecError(
-                f"{self.name}: parameter 'active' is {self.active}; allowed: fewer than the {self.partitions} partitions"
+                f"{self.name}: parameter 'active' is {self.active}; allowed: fewer than partitions, {self.partitions}"
             )
 
     def sizes(self, place: Place) -> tuple[int, int, int]:
