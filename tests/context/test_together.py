@@ -4,8 +4,12 @@ import pytest
 import torch
 
 from vestige.context.cache import KeptCache
+from vestige.context.evict.h2o import H2O
+from vestige.context.plan.duo_attention import DuoAttention
+from vestige.context.plan.windows import fingerprint
 from vestige.context.policy import CachePolicy
 from vestige.context.together import Together
+from vestige.core.anatomy import Anatomy
 from vestige.errors import SpecError
 from vestige.models.tiny import tiny_model
 
@@ -54,3 +58,21 @@ def test_a_policy_that_reads_in_its_own_way_is_refused() -> None:
     assert isinstance(policy, CachePolicy)
     with pytest.raises(SpecError, match="tidal-decode reads in its own way"):
         Together(policies=(policy,))
+
+
+def test_a_plan_by_windows_leaves_what_it_leaves_alone() -> None:
+    model = tiny_model("llama")
+    anatomy = Anatomy.of(model)
+    gates = tuple(tuple(float(head == layer % 2) for head in range(anatomy.num_kv_heads)) for layer in range(2))
+    plan = DuoAttention(gates=gates, fitted_on=fingerprint(anatomy), sinks=2, recent=5)
+    ids = torch.randint(3, model.config.vocab_size, (2, 40), generator=torch.Generator().manual_seed(0))
+    with plan.attach(model) as kept, torch.no_grad():
+        model(ids, past_key_values=(alone := kept.new_cache()))
+    with Together(policies=(H2O(budget=1.0), plan)).attach(model) as kept, torch.no_grad():
+        model(ids, past_key_values=(shared := kept.new_cache()))
+        assert isinstance(kept.policy, Together)
+        mine = kept.policy.part(shared, 1).cut()
+    for layer in range(len(alone.layers)):
+        assert torch.equal(mine.positions(layer), alone.positions(layer))
+        torch.testing.assert_close(mine.layers[layer].keys, alone.layers[layer].keys)
+    assert all(layer.slots == 40 for layer in shared.layers)

@@ -503,13 +503,14 @@ class KeptCache(Cache):
             twin.layers[index] = other
         return twin
 
-    def cut(self, budget: int | float) -> KeptCache:
+    def cut(self, budget: int | float | None = None) -> KeptCache:
         """A copy that holds ``budget`` entries per head, ranked as the policy ranks them, and drops no more after.
 
-        One prefill under a budget of 1.0 (nothing dropped, everything ranked) so serves every budget.
+        One prefill under a budget of 1.0 (nothing dropped, everything ranked) so serves every budget. Without one the
+        copy holds what the policy itself leaves, as of a plan by windows.
         """
         twin = self._twin()
-        twin.policy, twin.frozen = self.policy.with_budget(budget), True
+        twin.policy, twin.frozen = self.policy if budget is None else self.policy.with_budget(budget), True
         assert twin.policy.ranking is not None
         budgets = [twin.policy.ranking.budget_tokens(real) for real in twin.real]
         for index, layer in enumerate(self.layers):
