@@ -21,6 +21,7 @@ def windowed_attention(
     scaling: float,
     valid: Bool[Tensor, "batch held"] | None = None,
     sequence: Int[Tensor, "batch held"] | None = None,
+    sink: Float[Tensor, " heads"] | None = None,
 ) -> Float[Tensor, "batch heads length width"]:
     """Each query attends to the last ``window`` keys, its own included.
 
@@ -30,6 +31,7 @@ def windowed_attention(
     Args:
         valid: keys that exist; a query always sees its own.
         sequence: number of the packed sequence of each key; none attends into another.
+        sink: per head the score of a further key, which all queries see and whose value is zero.
     """
     length, held = query.shape[2], key.shape[2]
     block = max(window, LEAST_BLOCK)
@@ -51,7 +53,13 @@ def windowed_attention(
     if sequence is not None:
         number = F.pad(sequence, ends, value=-1).unfold(1, span, block)
         seen = seen & (number[:, :, None, :] == number[:, :, before:, None])
-    out = _attend(q, k, v, seen | (behind == 0), scaling)
+    seen = seen | (behind == 0)
+    if sink is not None:  # one more channel, which only the sink's key has, carries its score
+        score = sink.to(q)[None, :, None, None, None].expand(*q.shape[:-1], 1)
+        q, k, v = torch.cat([q, score], -1), F.pad(k, (0, 1, 0, 1)), F.pad(v, (0, 0, 0, 1))
+        k = k + F.pad(k.new_full((1, 1), 1 / scaling), (k.shape[-1] - 1, 0, k.shape[-2] - 1, 0))
+        seen = F.pad(seen, (0, 1), value=True)
+    out = _attend(q, k, v, seen, scaling)
     return out.flatten(2, 3)[:, :, :length]
 
 
