@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from vestige.core.method import Method, Paper, Verdict, param
     from vestige.core.registry import MethodCard, method, methods
     from vestige.evidence.audit import audit
+    from vestige.evidence.tasks.registry import task, tasks
 
 # Name in this namespace, and the module that holds it.
 _DOORS = {
@@ -25,10 +26,24 @@ _DOORS = {
     "method": "vestige.core.registry",
     "methods": "vestige.core.registry",
     "param": "vestige.core.method",
+    "task": "vestige.evidence.tasks.registry",
+    "tasks": "vestige.evidence.tasks.registry",
 }
 _ROOMS = ("context", "core", "errors", "evidence", "layers", "models", "stores", "training", "weights")
 
-__all__ = ["Method", "MethodCard", "Paper", "Verdict", "__version__", "audit", "method", "methods", "param"]
+__all__ = [
+    "Method",
+    "MethodCard",
+    "Paper",
+    "Verdict",
+    "__version__",
+    "audit",
+    "method",
+    "methods",
+    "param",
+    "task",
+    "tasks",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -52,10 +52,10 @@ class Reading:
         policy = self.policies[place]
         shared = self.kept.policy
         read = shared.part(self._cache, place) if isinstance(shared, Together) else self._cache
-        if policy.ranking is None:
+        if policy.ranking is None or not (evicts(policy) or policy.ranking.acts(decoding=False)):
             return read.fork()
         if not evicts(policy):
-            return read.cut()  # what a plan by windows leaves; all of it under the full cache
+            return read.cut()  # what a plan by windows leaves
         return read.cut(own_budget(policy) if budget is None else budget)
 
 

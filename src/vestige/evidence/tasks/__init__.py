@@ -1,1 +1,1 @@
-"""Tasks: small deterministic descriptions of prompts whose answers are known."""
+"""Tasks: what a model is asked to remember, as small values that say all that their examples depend on."""
