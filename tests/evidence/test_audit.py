@@ -17,6 +17,7 @@ import torch
 
 import vestige
 from vestige.context.evict.a2sf import A2SF
+from vestige.core.anatomy import Anatomy
 from vestige.core.ledger import Ledger
 from vestige.core.patch import Patch
 from vestige.errors import InputError, SpecError, UnsupportedModelError
@@ -231,6 +232,24 @@ def frame(found):
         for depth in range(20)
     ]
     return pd.DataFrame(rows, columns=columns)
+
+
+def test_all_policies_are_measured_where_they_can_be(toy):
+    plan = plan_audit(methods=["a2sf", "all"], quick=True)
+    named = [policy.name for policy in plan.policies]
+    assert named[:2] == ["full", "a2sf"] and len(set(named)) == len(named)
+    assert {"snapkv", "lazy-eviction", "duo-attention", "longheads"} <= set(named)
+    budgets = {policy.name: plan.budgets_of(policy) for policy in plan.policies}
+    assert budgets["snapkv"] == plan.budgets
+    assert budgets["lazy-eviction"] == (128, 192, 240)  # what it always keeps does not fit into 64
+    served = plan.on(Anatomy.of(toy[0]))
+    assert {policy.name for policy in plan.policies} - {policy.name for policy in served.policies} == {
+        "duo-attention",  # plans that nobody has fitted for this model
+        "moa",
+        "tidal-decode",  # its third layer chooses, and this model has two
+    }
+    with pytest.raises(SpecError, match="duo-attention"):
+        plan_audit(methods=["duo-attention"], quick=True).on(Anatomy.of(toy[0]))
 
 
 def test_the_smallest_budget_is_the_one_from_which_all_larger_ones_do():

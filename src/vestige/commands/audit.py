@@ -17,7 +17,7 @@ RESUME = "the same command goes on where it stopped"
 def run(
     model: Annotated[str, typer.Argument(help="smollm2 (embedded), a Hugging Face id, or a folder.")] = "smollm2",
     out: Annotated[Path, typer.Option(help="Folder for the report and the ledger.")] = Path("vestige-audit"),
-    methods: Annotated[str | None, typer.Option(help="Cache policies, as in a2sf,h2o.")] = None,
+    methods: Annotated[str | None, typer.Option(help="Cache policies, as in a2sf,h2o; or all.")] = None,
     budgets: Annotated[str | None, typer.Option(help="Entries per head, as in 64,128; or shares, as in 0.25.")] = None,
     seeds: Annotated[str | None, typer.Option(help="Seeds of the prompts, as in 0,1,2.")] = None,
     depths: Annotated[str | None, typer.Option(help="Where the needle stands, 0 to 1, as in 0.1,0.5,0.9.")] = None,

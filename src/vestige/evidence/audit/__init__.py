@@ -119,7 +119,8 @@ def audit(
     Args:
         model: what :func:`vestige.models.load` takes, or a pair of a loaded model and its tokenizer.
         out: folder for ``report.html`` and ``ledger.jsonl``. Measurements found there are not repeated.
-        methods: cache policies by name, spec or object; default: ``full``, ``streaming-llm``, ``h2o``, ``a2sf``.
+        methods: cache policies by name, spec or object; default: ``full``, ``streaming-llm``, ``h2o``, ``a2sf``;
+            ``"all"`` among them adds every registered one that the budgets and the model allow.
             ``full`` is always among them.
         budgets: entries kept per head: tokens (int), or shares of the context (float).
         length: tokens of each context.
@@ -161,7 +162,8 @@ def audit(
     from vestige.evidence.report.audit_page import write_audit_report
     from vestige.evidence.summaries import retention, smallest_budgets
 
-    found = Auditor(name, network, tokenizer, plan, folder / LEDGER, progress=progress).measure()
+    auditor = Auditor(name, network, tokenizer, plan, folder / LEDGER, progress=progress)
+    plan, found = auditor.plan, auditor.measure()
     table = retention(found["cells"])
     result = AuditResult(
         model=name, plan=plan, folder=folder, retention=table, smallest=smallest_budgets(table), **found

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from vestige.errors import SpecError
+from vestige.errors import SpecError, UnsupportedModelError
 from vestige.evidence.budgets import at, evicts, label
 from vestige.evidence.tasks.haystack import GRAMMAR
 from vestige.evidence.tasks.needle import Needle
 
 if TYPE_CHECKING:
     from vestige.context.policy import CachePolicy
+    from vestige.core.anatomy import Anatomy
     from vestige.evidence.probes.retrieval_heads import RetrievalHeads
 
 __all__ = ["AuditPlan", "plan_audit"]
 
 METHODS = ("full", "streaming-llm", "h2o", "a2sf")
+ALL = "all"  # in the place of a name: every policy that can be built without being told anything
 
 # Settings of the plain audit and of the quick one: about two minutes and half a minute on two cores.
 _DEFAULTS: dict[str, Any] = {
@@ -54,6 +58,7 @@ class AuditPlan:
         sinks: needles whose prompts the sink share is averaged over.
         decode_tokens: tokens that are decoded to measure time.
         batch: prompts that run together.
+        optional: policies that nobody named: they are left out where the model will not do for them.
     """
 
     policies: tuple[CachePolicy, ...]
@@ -66,6 +71,23 @@ class AuditPlan:
     sinks: tuple[Needle, ...]
     decode_tokens: int
     batch: int
+    optional: frozenset[CachePolicy] = frozenset()
+
+    def on(self, anatomy: Anatomy) -> AuditPlan:
+        """The plan for a model.
+
+        Raises:
+            SpecError, UnsupportedModelError: a policy that was named cannot serve it.
+        """
+        serve = []
+        for policy in self.policies:
+            try:
+                policy.on(anatomy).check_model(anatomy)
+                serve.append(policy)
+            except (SpecError, UnsupportedModelError):
+                if policy not in self.optional:
+                    raise
+        return dataclasses.replace(self, policies=tuple(serve))
 
     def needles(self) -> list[Needle]:
         """The prompts that every policy is asked about: each depth with each seed."""
@@ -77,8 +99,9 @@ class AuditPlan:
         ]
 
     def budgets_of(self, policy: CachePolicy) -> tuple[int, ...]:
-        """The budgets a policy is measured at; one that keeps every entry has only the whole length."""
-        return self.budgets if evicts(policy) else (self.length,)
+        """The budgets a policy is measured at: those that hold what it always keeps; one that keeps every entry has
+        only the whole length."""
+        return tuple(b for b in self.budgets if _holds(policy, b)) if evicts(policy) else (self.length,)
 
     @property
     def timed_budget(self) -> int:
@@ -131,11 +154,8 @@ def plan_audit(
     if type(batch) is not int or batch < 1:
         raise SpecError(f"audit: parameter 'batch' is {batch!r}; allowed: int >= 1 (prompts)")
     given = budgets if budgets is not None else [b for b in chosen["budgets"] if b <= length] or (0.25, 0.5)
-    policies = _policies(METHODS if methods is None else methods)
     tokens = _budgets(given, length)
-    for policy in policies:
-        for budget in tokens if evicts(policy) else ():
-            at(policy, budget)  # raises where the budget is too small for what the policy always keeps
+    named, optional = _policies(METHODS if methods is None else methods, tokens)
     from vestige.evidence.probes.retrieval_heads import RetrievalHeads
 
     probe = RetrievalHeads(**chosen["heads"], haystack=haystack, batch=batch)
@@ -143,7 +163,8 @@ def plan_audit(
         probe = probe.replace(lengths=(length,))
     sinks = [Needle(length=length, seed=seed, haystack=haystack) for seed in range(chosen["sinks"])]
     return AuditPlan(
-        policies=policies,
+        policies=named + optional,
+        optional=frozenset(optional),
         budgets=tokens,
         length=length,
         depths=depths,
@@ -156,18 +177,53 @@ def plan_audit(
     )
 
 
-def _policies(methods: Iterable[str | Mapping[str, Any] | CachePolicy]) -> tuple[CachePolicy, ...]:
-    """The policies, the full cache first; each only once."""
+def _policies(
+    methods: Iterable[str | Mapping[str, Any] | CachePolicy], budgets: tuple[int, ...]
+) -> tuple[tuple[CachePolicy, ...], tuple[CachePolicy, ...]]:
+    """The policies named, the full cache first, and those that ``"all"`` adds; each only once.
+
+    Raises:
+        SpecError: one that is named cannot be built, or a budget is too small for what it always keeps. Of ``"all"``
+            those that cannot be measured at any of the budgets are left out.
+    """
     from vestige.context.policy import CachePolicy
 
     if isinstance(methods, str):
         raise SpecError(f"audit: parameter 'methods' is {methods!r}; allowed: a list of names, specs or policies")
-    chosen = [CachePolicy.from_spec("full")]
+    methods, chosen = list(methods), [CachePolicy.from_spec("full")]
     for method in methods:
+        if method == ALL:
+            continue
         policy = method if isinstance(method, CachePolicy) else CachePolicy.from_spec(method)  # type: ignore[arg-type]
+        for budget in budgets if evicts(policy) else ():  # type: ignore[arg-type]
+            at(policy, budget)  # type: ignore[arg-type]
         chosen.append(policy)  # type: ignore[arg-type]
-    kept = {label(policy): policy for policy in chosen}  # type: ignore[arg-type]
-    return tuple(kept.values())  # type: ignore[arg-type]
+    named = {label(policy): policy for policy in chosen}  # type: ignore[arg-type]
+    others = _all() if ALL in methods else []
+    possible = (p for p in others if not evicts(p) or any(_holds(p, budget) for budget in budgets))
+    return tuple(named.values()), tuple(policy for policy in possible if label(policy) not in named)  # type: ignore[arg-type]
+
+
+def _all() -> list[CachePolicy]:
+    """Every registered cache policy, with the parameters that it has by default."""
+    from vestige.context.policy import CachePolicy
+    from vestige.core.registry import registry
+
+    found = []
+    for card in registry.cards():
+        if card.room == "context" and issubclass(cls := registry.load(card.name), CachePolicy):
+            with contextlib.suppress(SpecError):  # it has to be told something
+                found.append(cls())
+    return found
+
+
+def _holds(policy: CachePolicy, budget: int) -> bool:
+    """Whether a budget is large enough for what the policy always keeps."""
+    try:
+        at(policy, budget)
+    except SpecError:
+        return False
+    return True
 
 
 def _budgets(budgets: Iterable[int | float], length: int) -> tuple[int, ...]:

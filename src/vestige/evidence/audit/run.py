@@ -13,7 +13,7 @@ import numpy as np
 from vestige.core.anatomy import Anatomy
 from vestige.errors import SpecError, UnsupportedModelError
 from vestige.evidence.audit.plan import AuditPlan
-from vestige.evidence.budgets import at, evicts, label
+from vestige.evidence.budgets import at, label
 from vestige.evidence.engine.bench import given, now, time_policy
 from vestige.evidence.engine.reading import read, reading_groups
 from vestige.evidence.engine.record import Advance, Record, cell_key, progress_bar
@@ -38,10 +38,11 @@ class Auditor:
     def __init__(
         self, name: str, model: Any, tokenizer: Any, plan: AuditPlan, ledger: Path, *, progress: bool = True
     ) -> None:
-        self.name, self.model, self.tokenizer, self.plan, self.progress = name, model, tokenizer, plan, progress
+        self.name, self.model, self.tokenizer, self.progress = name, model, tokenizer, progress
         self.anatomy = Anatomy.of(model)
         if not self.anatomy.causal:
             raise UnsupportedModelError(f"the audit needs a causal decoder; {self.anatomy.architecture} is none")
+        self.plan = plan = plan.on(self.anatomy)
         self.prompts = [needle.build(tokenizer) for needle in plan.needles()]
         longest = max(len(prompt.input_ids) + len(prompt.answer_ids) for prompt in self.prompts)
         if longest > self.anatomy.max_positions:
@@ -224,7 +225,8 @@ class Auditor:
         return pd.DataFrame(rows)
 
     def _timed_budget(self, policy: CachePolicy) -> int:
-        return self.plan.timed_budget if evicts(policy) else self.plan.length
+        budgets = self.plan.budgets_of(policy)
+        return self.plan.timed_budget if self.plan.timed_budget in budgets else budgets[0]
 
     def _timed(self, policy: CachePolicy) -> CachePolicy:
         return at(policy, self._timed_budget(policy))
