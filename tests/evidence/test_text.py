@@ -28,7 +28,7 @@ def test_a_passage_longer_than_the_text_is_refused():
     class Silent:
         """A tokenizer that finds little in any text."""
 
-        def __call__(self, text, add_special_tokens):
+        def __call__(self, text, **options):
             self.input_ids = [1, 2, 3]
             return self
 

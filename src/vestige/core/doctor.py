@@ -15,7 +15,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
-from vestige.core.folders import cache_folder
+from vestige.core.folders import cache_folder, node_folders
 
 __all__ = ["Diagnosis", "Finding", "examine"]
 
@@ -141,16 +141,9 @@ def _data(name: str, registry: Registry, purpose: str) -> Finding:
         records = Path("/var/lib/dpkg/info")
         version = "installed" if any((*records.glob(f"{name}.list"), *records.glob(f"{name}:*.list"))) else None
     else:
-        version = "installed" if any((folder / name).is_dir() for folder in _node_folders()) else None
+        version = "installed" if any((folder / name).is_dir() for folder in node_folders()) else None
     absent = version is None
     return Finding(name, purpose, version, "absent" if absent else None, _install(name, registry) if absent else None)
-
-
-def _node_folders() -> list[Path]:
-    here = Path.cwd()
-    own = [folder / "node_modules" for folder in (cache_folder(), here, *here.parents)]
-    named = [Path(folder) for folder in os.environ.get("NODE_PATH", "").split(os.pathsep) if folder]
-    return [*own, *named, Path("/usr/lib/node_modules"), Path("/usr/local/lib/node_modules")]
 
 
 def _install(name: str, registry: Registry, specifier: str = "") -> str:
