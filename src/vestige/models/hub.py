@@ -68,6 +68,10 @@ def load(
         options["local_files_only"] = options.get("local_files_only", False) or not _on_the_hub(name, model, options)
     network, tokenizer = _read(place, name, dtype, options)
     _prepare_padding(network, tokenizer)
+    if isinstance(place, Path) and (place / "conversion.safetensors").is_file():
+        from vestige.models.convert import restore
+
+        restore(network, place)
     return (network if device is None else network.to(device)), tokenizer
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -106,11 +104,6 @@ class LizardLayer(AttentionLayer):
         )
         return out.transpose(1, 2)
 
-    def fresh(self) -> Iterator[nn.Parameter]:
-        """The weights that softmax attention does not have."""
-        own = (self.q_features, self.k_features, self.gate, self.gate_bias, self.meta, self.share)
-        return (weight for weight in own if weight is not None)
-
 
 def _features(x: Float[Tensor, "... dim"], weight: Float[Tensor, "dim half"]) -> Float[Tensor, "... features"]:
     """Positive features: two softmaxes, of a map and of its negative."""
@@ -123,7 +116,7 @@ class Lizard(AttentionMixer):
     queries, keys and values of an attention layer that was trained as softmax.
 
     :func:`vestige.models.convert.convert` puts it into a pretrained model, and
-    :func:`vestige.models.distil.distill` teaches it what the attention did. Then the bytes held no longer grow with
+    :func:`vestige.models.distill.distill` teaches it what the attention did. Then the bytes held no longer grow with
     the text. It can also be trained from the start, as any mixer.
     """
 
