@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vestige.errors import SpecError
 
-__all__ = ["NOTHING", "PairRecall", "Pairs"]
+__all__ = ["NOTHING", "PairRecall", "Pairs", "shuffled", "write_pairs"]
 
 NOTHING = -1
 """A token that is no key, or no value."""
@@ -77,10 +77,8 @@ class PairRecall:
 
     def draw(self, rows: int, generator: torch.Generator) -> Pairs:
         """Rows of the task."""
-        order = _shuffled(rows, self.keys, generator)[:, : self.pairs]
-        again = order.gather(1, _shuffled(rows, self.pairs, generator)[:, : self.rewritten])
-        said = torch.cat([order, again], 1)
-        values = torch.randint(self.values, said.shape, generator=generator)
+        counts = {"pairs": self.pairs, "rewritten": self.rewritten, "keys": self.keys, "values": self.values}
+        said, values = write_pairs(rows, generator, **counts)
         if self.void:  # half of the questions go to what is void by then
             old = torch.randint(self.void, (rows, 1), generator=generator)
             new = torch.randint(self.void, self.pairs, (rows, 1), generator=generator)
@@ -96,13 +94,23 @@ class PairRecall:
                 torch.cat([t[:, : self.void], extra, t[:, self.void :]], 1)
                 for t, extra in zip((said, values), mark, strict=True)
             )
-        spots = _shuffled(rows, self.length - 1, generator)[:, : said.shape[1]].sort(1).values
+        spots = shuffled(rows, self.length - 1, generator)[:, : said.shape[1]].sort(1).values
         key = torch.full((rows, self.length), NOTHING).scatter(1, spots, said)
         value = torch.full((rows, self.length), NOTHING).scatter(1, spots, values)
         key[:, -1:] = question
         return Pairs(key, value, answer[:, 0])
 
 
-def _shuffled(rows: int, count: int, generator: torch.Generator) -> Int[Tensor, "rows count"]:
+def write_pairs(
+    rows: int, generator: torch.Generator, *, pairs: int, rewritten: int = 0, keys: int, values: int
+) -> tuple[Int[Tensor, "rows written"], Int[Tensor, "rows written"]]:
+    """Keys, each of the ``pairs`` once and then ``rewritten`` of them again, and a value for each writing."""
+    order = shuffled(rows, keys, generator)[:, :pairs]
+    again = order.gather(1, shuffled(rows, pairs, generator)[:, :rewritten])
+    said = torch.cat([order, again], 1)
+    return said, torch.randint(values, said.shape, generator=generator)
+
+
+def shuffled(rows: int, count: int, generator: torch.Generator) -> Int[Tensor, "rows count"]:
     """The numbers below ``count`` in a random order for each row."""
     return torch.rand(rows, count, generator=generator).argsort(1)

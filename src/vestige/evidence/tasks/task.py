@@ -355,10 +355,7 @@ class TrainingTask(Task):
         loss = task.loss(model(batch.tokens).logits, batch.targets)
     """
 
-    @property
-    def tokens(self) -> int:
-        """Length of a row."""
-        raise NotImplementedError
+    length: int = param(64, "tokens of a row", ge=1)
 
     @property
     def vocabulary(self) -> int:
@@ -368,6 +365,11 @@ class TrainingTask(Task):
     def draw(self, rows: int, generator: torch.Generator) -> Batch:
         """Rows of the task, on the CPU; the same ones for a generator in the same state."""
         raise NotImplementedError
+
+    def check_room(self, needed: int) -> None:
+        """Refuse, with :class:`SpecError`, a row too short for what has to stand in it."""
+        if self.length < needed:
+            raise SpecError(f"{self.name}: parameter 'length' is {self.length}; allowed: int >= {needed} here (tokens)")
 
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Mean cross-entropy where something is asked; ``logits`` ``(rows, length, at least vocabulary)``."""
