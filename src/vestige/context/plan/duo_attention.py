@@ -6,7 +6,7 @@ import functools
 from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
 
 from vestige.context.plan.windows import HeadWindows, Table, highest
-from vestige.core.method import Paper, param
+from vestige.core.method import Paper, Verdict, param
 
 if TYPE_CHECKING:
     from torch import nn
@@ -37,6 +37,13 @@ class DuoAttention(HeadWindows):
         venue="ICLR 2025",
         code="https://github.com/mit-han-lab/duo-attention",
         equations="section 2.2 (gates, distillation and regularisation loss), 2.3 (deployment)",
+    )
+    verdict = Verdict(
+        "reproduced",
+        "SmolLM2, half of the heads at 4 sinks and 60 recent tokens of 256: copying a stretch from far back "
+        "costs 1.02 nats a token, with the whole cache 0.92, with gates dealt out at random 2.8. Heads that "
+        "retrieve keep everything, so what is asked later need not be known: at half the bytes the needle is "
+        "found, at a quarter not",
     )
 
     gates: Table = param((), "gate of each layer's key-value heads, as learnt; empty: those known for the model")

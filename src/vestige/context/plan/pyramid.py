@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 
 from vestige.context.plan.sharing import Sharing, apportion
-from vestige.core.method import Paper, param
+from vestige.core.method import Paper, Verdict, param
 
 __all__ = ["Pyramid", "pyramid"]
 
@@ -31,6 +31,12 @@ class Pyramid(Sharing):
         arxiv="2406.02069",
         code="https://github.com/Zefan-Cai/KVCache-Factory",
         equations="section 4.2, the arithmetic sequence of budgets; the score is that of `policy`",
+    )
+    verdict = Verdict(
+        "not reproduced",
+        "SmolLM2, 256 tokens cut to a mean of 40 with SnapKV's votes (window of 16): 0.45 nats from the whole"
+        " cache's predictions, with equal budgets 0.42, in none of three passages nearer; nor with h2o. A "
+        "needle is found where equal budgets find it",
     )
 
     beta: float = param(20.0, "the mean budget over the top layer's; 1 gives every layer the same", ge=1)

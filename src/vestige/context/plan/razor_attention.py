@@ -13,7 +13,7 @@ from vestige.context.cache import KeptLayer
 from vestige.context.plan.windows import HeadWindows, Table, highest
 from vestige.context.ragged_attention import StandIn
 from vestige.core.anatomy import Anatomy
-from vestige.core.method import Paper, param
+from vestige.core.method import Paper, Verdict, param
 from vestige.errors import UnsupportedModelError
 
 if TYPE_CHECKING:
@@ -47,6 +47,13 @@ class RazorAttention(HeadWindows):
         arxiv="2407.15891",
         venue="ICLR 2025",
         equations="section 3.2 (echo and induction heads, compensation token; models with rotary positions)",
+    )
+    verdict = Verdict(
+        "reproduced",
+        "SmolLM2, 15% of the heads keep everything, the others 64 of 256 tokens: copying a stretch from far "
+        "back costs 1.55 nats a token, with as many other heads in their place 3.75, with the whole cache "
+        "0.92. The compensation token made no difference to reading on (0.072 nats from the model's own "
+        "predictions with and without). The heads found on random tokens are those that find a needle",
     )
 
     induction: Table = param((), "how much each layer's key-value heads look at the token after a repeated one")

@@ -9,7 +9,7 @@ from vestige.context.attention import Look, Reading, everything, readable
 from vestige.context.cache import KeptCache, KeptLayer, Step
 from vestige.context.select.base import Picked, Select, strongest
 from vestige.core.anatomy import Anatomy
-from vestige.core.method import Paper, param
+from vestige.core.method import Paper, Verdict, param
 from vestige.errors import InputError, SpecError
 
 __all__ = ["TidalDecode"]
@@ -39,6 +39,13 @@ class TidalDecode(Select):
         venue="ICLR 2025",
         code="https://github.com/DerrickYLJ/TidalDecode",
         equations="algorithm 1 (position persistent sparse attention), section 3.4 (cache correction)",
+    )
+    verdict = Verdict(
+        "not reproduced",
+        "SmolLM2, 40 of 256 entries read: 0.63 nats a token from the model's own predictions, sinks and a "
+        "window of 40 0.54; with one layer that chooses 1.08, so choosing again does help. What the third of "
+        "30 layers looks at does not tell enough in a model of this size. At half of 512 entries the needle "
+        "is found in 8 of 15 texts, with the whole cache in all",
     )
 
     start: int = param(2, "first layer that chooses; all before it attend to everything", ge=0)

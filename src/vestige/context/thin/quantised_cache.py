@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vestige.context.policy import CachePolicy
 from vestige.context.thin.compact import CompactLayer, Form, Thin
-from vestige.core.method import Paper, param
+from vestige.core.method import Paper, Verdict, param
 
 __all__ = ["QuantisedCache", "dequantise", "quantise"]
 
@@ -40,6 +40,11 @@ class QuantisedCache(Thin):
         venue="ICML 2024",
         code="https://github.com/jy-yuan/KIVI",
         equations="section 3: asymmetric round-to-nearest in groups, by token, with a full-precision window",
+    )
+    verdict = Verdict(
+        "reproduced",
+        "SmolLM2: 0.009 nats from the model's own predictions at 4 bits, where h2o with as many bytes is "
+        "0.064 away; 3e-5 at 8 bits, 0.64 at 2",
     )
 
     bits: Literal[8, 4, 2] = param(4, "bits of a code")

@@ -12,7 +12,7 @@ from vestige.context.attention import Look
 from vestige.context.cache import EMPTY, KeptLayer, Step
 from vestige.context.policy import CachePolicy
 from vestige.context.thin.compact import CompactLayer, Form, Thin
-from vestige.core.method import Paper, param
+from vestige.core.method import Paper, Verdict, param
 from vestige.layers.ops.attention_mass import grouped
 
 __all__ = ["ThinK"]
@@ -44,6 +44,11 @@ class ThinK(Thin):
         venue="ICLR 2025",
         code="https://github.com/SalesforceAIResearch/ThinK",
         equations="section 3: the greedy solution of the query-driven pruning objective",
+    )
+    verdict = Verdict(
+        "reproduced",
+        "SmolLM2, 40% of the channels of old keys dropped: 0.02 nats from the model's own predictions, 0.06 "
+        "if the keys alone choose the channels, 1.1 with channels at random",
     )
 
     ratio: float = param(0.4, "share of the channels that is dropped, rounded down", ge=0, lt=1)
