@@ -22,6 +22,7 @@ def windowed_attention(
     valid: Bool[Tensor, "batch held"] | None = None,
     sequence: Int[Tensor, "batch held"] | None = None,
     sink: Float[Tensor, " heads"] | None = None,
+    always: tuple[Float[Tensor, "kv more dim"], Float[Tensor, "kv more width"]] | None = None,
 ) -> Float[Tensor, "batch heads length width"]:
     """Each query attends to the last ``window`` keys, its own included.
 
@@ -32,6 +33,7 @@ def windowed_attention(
         valid: keys that exist; a query always sees its own.
         sequence: number of the packed sequence of each key; none attends into another.
         sink: per head the score of a further key, which all queries see and whose value is zero.
+        always: keys and values that all queries see besides.
     """
     length, held = query.shape[2], key.shape[2]
     block = max(window, LEAST_BLOCK)
@@ -54,6 +56,10 @@ def windowed_attention(
         number = F.pad(sequence, ends, value=-1).unfold(1, span, block)
         seen = seen & (number[:, :, None, :] == number[:, :, before:, None])
     seen = seen | (behind == 0)
+    if always is not None:
+        more_k, more_v = (t[None, :, None].expand(k.shape[0], -1, blocks, -1, -1) for t in always)
+        k, v = torch.cat([more_k, k], 3), torch.cat([more_v, v], 3)
+        seen = F.pad(seen, (always[0].shape[1], 0), value=True)
     if sink is not None:  # one more channel, which only the sink's key has, carries its score
         score = sink.to(q)[None, :, None, None, None].expand(*q.shape[:-1], 1)
         q, k, v = torch.cat([q, score], -1), F.pad(k, (0, 1, 0, 1)), F.pad(v, (0, 0, 0, 1))

@@ -1,0 +1,432 @@
+r"""A memory that learns while it reads: the one engine under every rule of that kind.
+
+A head holds the weights of a small network. Each token has a key, a value and a query; the slope :math:`g_i` of a loss
+between the answer to the key and the value moves the weights, and the query is answered with the weights moved:
+
+.. math::
+    S_t = \eta_t S_{t-1} - \sum_{t - c < i \le t} \theta_i g_i, \qquad
+    A_t = \alpha_t A_{t-1} + \lambda_t T(S_t), \qquad W_t = \varphi(A_t), \qquad o_t = M_{W_t}(q_t) .
+
+The rule names the network, the loss, the map :math:`\varphi`, the window :math:`c`, whether there is momentum
+:math:`\eta`, and whether :math:`T` is Muon's iteration or nothing. Slopes are taken at the weights at the beginning of
+the token's block, of ``refresh`` tokens (of each text, whatever pass they came in). That makes a block linear in them:
+
+.. math::
+    S_t = e^{h_t} S_0 - \sum_i H_{ti} g_i, \quad H = D(\log \eta)\, \Omega, \qquad
+    A_t = e^{a_t} A_0 + r_t S_0 - \sum_i R_{ti} g_i, \quad R = D(\log \alpha)\, \Lambda H ,
+
+with :math:`D(l)_{tj} = e^{l_t - l_j}` over running sums below the diagonal, and :math:`\Omega_{ti} = \theta_i` inside
+the window. A slope is an outer product of a layer's input :math:`x_i` and the slope :math:`d_i` in its output, so a
+layer whose weights moved answers :math:`e^{a_t} z A_0 + r_t z S_0 - \sum_i R_{ti} (z \cdot x_i) d_i`: matrix products
+alone, and no weights per token. Where :math:`\varphi` or :math:`T` is not linear, either every token's weights are
+worked out after all (and again in the backward pass, not stored), or, ``by_block``, queries are answered with the
+weights at the block's beginning and :math:`T`, :math:`\varphi` applied at its end.
+
+A single token is a block of one slot: the same lines are the recurrent form.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from vestige.layers.ops.learning.biases import Bias
+from vestige.layers.ops.learning.blocks import Blocks
+from vestige.layers.ops.learning.perceptron import Perceptron
+from vestige.layers.ops.learning.retentions import Retention
+from vestige.layers.ops.learning.steps import FeatureName, features, features_of, newton_schulz
+from vestige.layers.ops.recurrence import FAINTEST, exact
+
+__all__ = ["Brain", "Lesson", "Rule", "begin", "learn", "recall"]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What kind of memory it is, and how it learns.
+
+    Attributes:
+        memory: the network.
+        bias: the loss.
+        retention: how its weights follow from what is added up.
+        refresh: tokens after which slopes are taken at the weights of then.
+        window: the last tokens whose slopes a token adds.
+        muon: iterations that bring a step to equal size in every direction; 0: none.
+        by_block: whether queries are answered with the weights at the beginning of their block.
+        feature, degree: what the first layer sees of keys and queries: see
+            :func:`~vestige.layers.ops.learning.steps.features`.
+    """
+
+    memory: Perceptron = field(default_factory=Perceptron)
+    bias: Bias = field(default_factory=Bias)
+    retention: Retention = field(default_factory=Retention)
+    refresh: int = 16
+    window: int = 1
+    muon: int = 0
+    by_block: bool = False
+    feature: FeatureName = "none"
+    degree: int = 1
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What tokens teach and ask.
+
+    Attributes:
+        q, k, v: ``(batch, length, heads, dim)``.
+        rate: theta, how much a token's slope counts.
+        decay: logarithm of alpha, at most 0.
+        momentum: logarithm of eta, at most 0; ``None``: the sum of slopes is begun anew with each token.
+        step: lambda, how much of that sum is added; ``None``: all.
+        bound: beyond which error the loss of the rule grows more slowly, if it does.
+    """
+
+    q: Float[Tensor, "batch length heads dim"]
+    k: Float[Tensor, "batch length heads dim"]
+    v: Float[Tensor, "batch length heads dim"]
+    rate: Float[Tensor, "batch length heads"]
+    decay: Float[Tensor, "batch length heads"]
+    momentum: Float[Tensor, "batch length heads"] | None = None
+    step: Float[Tensor, "batch length heads"] | None = None
+    bound: Float[Tensor, "batch length heads"] | None = None
+
+    def to(self, kind: torch.dtype) -> Lesson:
+        """The same in another type."""
+        return replace(self, **{f.name: t.to(kind) for f in fields(self) if (t := getattr(self, f.name)) is not None})
+
+
+@dataclass(frozen=True)
+class Slow:
+    """What the memory has from training: it is the same for every text.
+
+    Attributes:
+        start: for each layer ``(heads, inputs, outputs)`` what the rule begins with.
+        gain: ``(heads, 1, dim)`` of the network's norm.
+        scale: of features, by their degree.
+    """
+
+    start: Sequence[Float[Tensor, "heads inputs outputs"]]
+    gain: Float[Tensor, "heads 1 dim"]
+    scale: Float[Tensor, " degrees"] | None = None
+
+
+@dataclass
+class Brain:
+    """What is held: for each layer ``(batch, heads, inputs, outputs)``.
+
+    Attributes:
+        total: A, which fades and is added to.
+        point: the weights at the beginning of the block, where slopes are taken.
+        surprise: S, if there is momentum.
+        due: ``(batch, heads)`` how much of the block's step is to be added at its end, where that is done at once.
+    """
+
+    total: list[Tensor]
+    point: list[Tensor]
+    surprise: list[Tensor] = field(default_factory=list)
+    due: Tensor | None = None
+
+    def pick(self, rows: Bool[Tensor, " batch"], other: Brain) -> Brain:
+        """This in some rows, another in the rest."""
+
+        def one(mine: Tensor, theirs: Tensor) -> Tensor:
+            return torch.where(rows.view(-1, *[1] * (mine.dim() - 1)), mine, theirs)
+
+        def each(mine: list[Tensor], theirs: list[Tensor]) -> list[Tensor]:
+            return [one(a, b) for a, b in zip(mine, theirs, strict=True)]
+
+        due = None if self.due is None or other.due is None else one(self.due, other.due)
+        total, point = each(self.total, other.total), each(self.point, other.point)
+        return Brain(total, point, each(self.surprise, other.surprise), due)
+
+    def write(self, held: dict[str, Tensor]) -> None:
+        """Put it among the named tensors of a state."""
+        for name, parts in (("total", self.total), ("point", self.point), ("surprise", self.surprise)):
+            held.update({f"{name}.{index}": part for index, part in enumerate(parts)})
+        if self.due is not None:
+            held["due"] = self.due
+
+
+def begin(rule: Rule, slow: Slow, lesson: Lesson, held: dict[str, Tensor]) -> Brain:
+    """What is held before the tokens: of the state, or what training left where there is none."""
+    layers = range(len(slow.start))
+    if "total.0" in held:
+        total, point, surprise = (
+            [held[f"{name}.{index}"] for index in layers if f"{name}.{index}" in held]
+            for name in ("total", "point", "surprise")
+        )
+        return Brain(total, point, surprise, held.get("due"))
+    batch, _, heads, _ = lesson.v.shape
+    total = [start.expand(batch, -1, -1, -1) for start in slow.start]
+    surprise = [torch.zeros_like(part) for part in total] if lesson.momentum is not None else []
+    due = lesson.v.new_zeros(batch, heads) if rule.muon and rule.by_block else None
+    return Brain(total, [rule.retention.weights(part) for part in total], surprise, due)
+
+
+def learn(
+    rule: Rule,
+    slow: Slow,
+    lesson: Lesson,
+    held: dict[str, Tensor],
+    *,
+    valid: Bool[Tensor, "batch length"] | None = None,
+    starts: Bool[Tensor, "batch length"] | None = None,
+    within: bool = False,
+) -> Float[Tensor, "batch length heads dim"]:
+    """Let tokens teach the memory, and answer their queries.
+
+    Everything is worked out in float32 at least.
+
+    Args:
+        held: what an earlier pass left, by name; it is brought up to date.
+        valid: False at padding.
+        starts: where packed sequences begin.
+        within: whether the tokens are known not to go beyond the end of a block.
+    """
+    kind, out = exact(lesson.v), lesson.v.dtype
+    batch, length = lesson.v.shape[:2]
+    with torch.autocast(lesson.v.device.type, enabled=False):
+        lesson = lesson.to(kind)
+        slow = Slow([w.to(kind) for w in slow.start], slow.gain.to(kind), _to(slow.scale, kind))
+        blocks = Blocks.of(
+            rule.refresh,
+            batch,
+            length,
+            device=lesson.v.device,
+            before=rule.window - 1,
+            filled=held.get("filled"),
+            valid=valid,
+            starts=starts,
+            within=within,
+        )
+        brain = begin(rule, slow, lesson, held)
+        newborn = begin(rule, slow, lesson, {}) if blocks.fresh else brain
+        which = features(rule.feature, lesson.k.shape[-1], rule.degree).to(lesson.k.device)
+        page = _Pages.of(rule, lesson, held, blocks)
+        read = []
+        for n in range(blocks.count):
+            if blocks.fresh:
+                brain = newborn.pick(blocks.fresh[n], brain)
+            answer, brain = _block(rule, slow, which, page.turn(n), brain)
+            read.append(answer)
+            brain = _refreshed(rule, brain, blocks.full[n])
+        brain.write(held)
+        held["filled"] = blocks.filled
+        slots = torch.stack(read, 1).transpose(2, 3).flatten(1, 2)
+        return blocks.back(slots, length).to(out)
+
+
+@dataclass(frozen=True)
+class Page:
+    """One block of a lesson: ``rows`` are its slots and what it sees of the past.
+
+    Attributes:
+        q: ``(batch, heads, slots, dim)``; k, v: ``(batch, heads, rows, dim)``; bound: ``(batch, heads, rows)``.
+        into: ``(batch, heads, slots)`` how much of A there was before is left in A at each slot; carry: and of S in A;
+            along: and of S in S.
+        within: ``(batch, heads, slots, rows)`` R, how much of each slope is in A; heap: H, and in S.
+        take: ``(batch, heads, slots, slots)`` how much of each slot's S is in A.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    bound: Tensor | None
+    into: Tensor
+    carry: Tensor | None
+    along: Tensor | None
+    within: Tensor
+    heap: Tensor
+    take: Tensor
+
+
+@dataclass(frozen=True)
+class _Pages:
+    """All blocks at once: a leading dimension more."""
+
+    parts: dict[str, Tensor | None]
+
+    @classmethod
+    def of(cls, rule: Rule, lesson: Lesson, held: dict[str, Tensor], blocks: Blocks) -> _Pages:
+        """Cut a lesson into blocks and work out what its gates amount to; the window's tokens are kept in ``held``."""
+
+        def rows(name: str, tensor: Tensor) -> Tensor:
+            """With those of the past, by block; the last ones are kept."""
+            places = blocks.lay(tensor, held.get(name))
+            if blocks.before:
+                held[name] = blocks.keep(places)
+            return blocks.cut(places if places.dim() == 4 else places[..., None])
+
+        def gates(tensor: Tensor) -> Tensor:
+            """``(count, batch, heads, slots)``."""
+            return blocks.cut(blocks.lay(tensor)[:, blocks.before :, :, None])[..., 0]
+
+        k, v = rows("key", lesson.k), rows("value", lesson.v)
+        rate = rows("rate", lesson.rate)[..., 0]
+        bound = None if lesson.bound is None else rows("bound", lesson.bound)[..., 0]
+        q = blocks.cut(blocks.lay(lesson.q)[:, blocks.before :])
+        real = blocks.cut(blocks.real[:, :, None, None].to(q.dtype))[..., 0]
+        step = real if lesson.step is None else gates(lesson.step)  # empty slots are zero in both
+        fade = _sums(gates(lesson.decay))
+        faded = _between(fade)
+        omega = rate[..., None, :] * real[..., :, None] * _band(blocks, rule.window, q)
+        if lesson.momentum is None:
+            heap, along = omega, None
+        else:
+            flow = _sums(gates(lesson.momentum))
+            heap, along = _between(flow) @ omega, flow.exp()
+        take = faded * step[..., None, :]
+        carry = None if along is None else (take @ along[..., None])[..., 0]
+        parts = {"q": q, "k": k, "v": v, "bound": bound, "into": fade.exp(), "carry": carry, "along": along}
+        return cls({**parts, "within": take @ heap, "heap": heap, "take": take})
+
+    def turn(self, n: int) -> Page:
+        """The block of a number."""
+        return Page(**{name: None if part is None else part[n] for name, part in self.parts.items()})  # type: ignore[arg-type]
+
+
+def recall(
+    rule: Rule, slow: Slow, q: Float[Tensor, "batch length heads dim"], held: dict[str, Tensor]
+) -> Float[Tensor, "batch length heads dim"]:
+    """Answer queries with the weights at the beginning of the block, and learn nothing."""
+    kind, out, layers = exact(q), q.dtype, range(len(slow.start))
+    with torch.autocast(q.device.type, enabled=False):
+        start = [rule.retention.weights(w.to(kind)) for w in slow.start]
+        point = [held.get(f"point.{index}", start[index]) for index in layers]
+        which = features(rule.feature, q.shape[-1], rule.degree).to(q.device)
+        q = q.to(kind).transpose(1, 2)
+        x = features_of(q, which, _to(slow.scale, kind))
+        read, _ = rule.memory.run(x, q, slow.gain.to(kind), lambda index, t: t @ point[index])
+        return read.transpose(1, 2).to(out)
+
+
+def _block(rule: Rule, slow: Slow, which: Tensor, page: Page, brain: Brain) -> tuple[Tensor, Brain]:
+    """Answer the queries of a block, and learn from it."""
+    exactly = not (rule.retention.linear and not rule.muon) and not rule.by_block
+    if exactly and torch.is_grad_enabled():
+        return checkpoint(_lesson, rule, slow, which, page, brain, use_reentrant=False)
+    return _lesson(rule, slow, which, page, brain)
+
+
+def _lesson(rule: Rule, slow: Slow, which: Tensor, page: Page, brain: Brain) -> tuple[Tensor, Brain]:
+    memory = rule.memory
+    x, z = (features_of(t, which, slow.scale) for t in (page.k, page.q))
+    answer, tape = memory.run(x, page.k, slow.gain, lambda index, t: t @ brain.point[index])
+    slopes = memory.slopes(rule.bias.slope(answer, page.v, page.bound), tape, slow.gain, brain.point)
+    pairs = list(zip(tape.inputs, slopes, strict=True))
+    if rule.by_block:
+        read, _ = memory.run(z, page.q, slow.gain, lambda index, t: t @ brain.point[index])
+        return read, _moved(rule, page, brain, pairs)
+    if rule.retention.linear and not rule.muon:
+        read, _ = memory.run(z, page.q, slow.gain, lambda index, t: _answer(page, brain, pairs, index, t))
+        return read, _moved(rule, page, brain, pairs)
+    totals, surprise = [], []
+    for index, (inputs, slope) in enumerate(pairs):
+        total, last = _every(rule, page, brain, index, inputs, slope)
+        totals.append(total)
+        surprise += [] if last is None else [last]
+    weights = [rule.retention.weights(total) for total in totals]
+    read, _ = memory.run(z, page.q, slow.gain, lambda index, t: (t[..., None, :] @ weights[index])[..., 0, :])
+    return read, Brain([total[:, :, -1] for total in totals], brain.point, surprise)
+
+
+def _answer(page: Page, brain: Brain, pairs: list[tuple[Tensor, Tensor]], index: int, z: Tensor) -> Tensor:
+    """What a layer answers to each slot's input with the weights at that slot."""
+    inputs, slope = pairs[index]
+    found = page.into[..., None] * (z @ brain.total[index]) - ((z @ inputs.mT) * page.within) @ slope
+    return found if page.carry is None else found + page.carry[..., None] * (z @ brain.surprise[index])
+
+
+def _moved(rule: Rule, page: Page, brain: Brain, pairs: list[tuple[Tensor, Tensor]]) -> Brain:
+    """What is held after a block whose steps are linear, or, with Muon, are taken at its end."""
+    total, surprise = [], []
+    left = page.into[..., -1, None, None]
+    for index, (inputs, slope) in enumerate(pairs):
+        held = brain.total[index] * left
+        if not rule.muon:
+            held = held - inputs.mT @ (page.within[..., -1, :, None] * slope)
+            if page.carry is not None:
+                held = held + page.carry[..., -1, None, None] * brain.surprise[index]
+        total.append(held)
+        if page.along is not None:
+            old = page.along[..., -1, None, None] * brain.surprise[index]
+            surprise.append(old - inputs.mT @ (page.heap[..., -1, :, None] * slope))
+    due = None if brain.due is None else brain.due * page.into[..., -1] + page.take[..., -1, :].sum(-1)
+    return Brain(total, brain.point, surprise, due)
+
+
+def _every(
+    rule: Rule, page: Page, brain: Brain, index: int, inputs: Tensor, slope: Tensor
+) -> tuple[Float[Tensor, "batch heads slots inputs outputs"], Tensor | None]:
+    """A layer's A at every slot, and its S at the last one."""
+
+    def summed(share: Tensor) -> Tensor:
+        """A weighted sum of slopes for each slot."""
+        return (inputs.mT[:, :, None] * share[..., None, :]) @ slope[:, :, None]
+
+    held = brain.total[index][:, :, None] * page.into[..., None, None]
+    old = None if page.along is None else brain.surprise[index][:, :, None]
+    if not rule.muon:
+        held = held - summed(page.within)
+        if old is None or page.carry is None or page.along is None:
+            return held, None
+        last = (page.along[..., -1, None, None] * old[:, :, 0]) - summed(page.heap[..., -1:, :])[:, :, 0]
+        return held + page.carry[..., None, None] * old, last
+    surprise = -summed(page.heap)
+    if old is not None and page.along is not None:
+        surprise = surprise + page.along[..., None, None] * old
+    steps = newton_schulz(surprise, rule.muon)
+    held = held + (page.take @ steps.flatten(-2)).unflatten(-1, steps.shape[-2:])
+    return held, None if old is None else surprise[:, :, -1]
+
+
+def _refreshed(rule: Rule, brain: Brain, full: bool | Tensor) -> Brain:
+    """At the end of a block, slopes are taken at the weights of then."""
+    if full is False:
+        return brain
+    total, due = brain.total, brain.due
+    if due is not None:
+        total = [
+            a + due[..., None, None] * newton_schulz(s, rule.muon) for a, s in zip(total, brain.surprise, strict=True)
+        ]
+        due = torch.zeros_like(due)
+    after = Brain(total, [rule.retention.weights(part) for part in total], brain.surprise, due)
+    return after if full is True else after.pick(full, brain)  # type: ignore[arg-type]
+
+
+def _sums(logs: Float[Tensor, "... slots"]) -> Float[Tensor, "... slots"]:
+    return logs.clamp_min(FAINTEST).cumsum(-1)
+
+
+def _between(sums: Float[Tensor, "... slots"]) -> Float[Tensor, "... slots slots"]:
+    """What is left at a slot of what came at an earlier one."""
+    gap = sums[..., :, None] - sums[..., None, :]
+    ahead = torch.ones(gap.shape[-2:], dtype=torch.bool, device=gap.device).triu(1)
+    return gap.masked_fill(ahead, -torch.inf).exp()
+
+
+def _band(
+    blocks: Blocks, window: int, like: Tensor
+) -> Float[
+    Tensor,
+    (
+        count  # batch 1 slots rows
+    ),
+]:
+    """Which rows are in the window of each slot; nothing of the past is where a text begins."""
+    slots, rows = blocks.width, blocks.before + blocks.width
+    ones = torch.ones(slots, rows, dtype=like.dtype, device=like.device)
+    band = (ones.tril(blocks.before) - ones.tril(blocks.before - window))[None, None, None]
+    if not blocks.fresh or not blocks.before:
+        return band
+    old = F.pad(like.new_ones(blocks.before), (0, blocks.width))
+    return band * (1 - old * torch.stack(blocks.fresh)[:, :, None, None, None].to(like.dtype))
+
+
+def _to(tensor: Tensor | None, kind: torch.dtype) -> Tensor | None:
+    return None if tensor is None else tensor.to(kind)
