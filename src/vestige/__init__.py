@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from vestige.core.method import Method, Paper, Verdict, param
     from vestige.core.registry import MethodCard, method, methods
     from vestige.evidence.audit import audit
+    from vestige.evidence.compare import compare
     from vestige.evidence.tasks.registry import task, tasks
 
 # Name in this namespace, and the module that holds it.
@@ -23,6 +24,7 @@ _DOORS = {
     "Paper": "vestige.core.method",
     "Verdict": "vestige.core.method",
     "audit": "vestige.evidence.audit",
+    "compare": "vestige.evidence.compare",
     "method": "vestige.core.registry",
     "methods": "vestige.core.registry",
     "param": "vestige.core.method",
@@ -38,6 +40,7 @@ __all__ = [
     "Verdict",
     "__version__",
     "audit",
+    "compare",
     "method",
     "methods",
     "param",

@@ -233,7 +233,7 @@ def _parse(piece: bytes) -> dict[str, Any] | None:
         row = _decode(piece.decode())
     except ValueError:
         return None
-    return row if isinstance(row, dict) else None
+    return row if isinstance(row, dict) and type(row.get("schema", SCHEMA)) is int else None
 
 
 def _decode(line: str) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from vestige.core.method import Method
+from vestige.core.spec import Spec
 from vestige.errors import SpecError
 
 if TYPE_CHECKING:
@@ -34,19 +35,18 @@ def own_budget(policy: Any) -> int | float:
     return policy.budget if hasattr(policy, "budget") else own_budget(policy.policy)
 
 
-def label(policy: Method) -> str:
-    """A policy's name, with the parameters that are not at their default; its budget left out."""
-    defaults = {key: entry.get("default") for key, entry in policy.parameters().items()}
-    changed = []
-    for key, value in policy.spec().items():
-        if key in ("name", "budget") or value == defaults[key]:
+def label(described: Spec) -> str:
+    """A name, with the parameters that are not at their default; a budget is left out."""
+    told, changed = described.spec(), []
+    for key, entry in described.parameters().items():
+        default, inner = entry.get("default"), getattr(described, key)
+        if key == "budget" or told[key] == default:
             continue
-        inner = getattr(policy, key)
-        if not isinstance(inner, Method):
-            changed.append(f"{key}={_short(value)}")
-        elif label(inner) != _default_label(defaults[key]):  # an inner policy may differ by its budget alone
+        if not isinstance(inner, Spec):
+            changed.append(f"{key}={_short(told[key])}")
+        elif label(inner) != _default_label(default):  # an inner policy may differ by its budget alone
             changed.append(f"{key}={label(inner)}")
-    return f"{policy.name} ({', '.join(changed)})" if changed else policy.name
+    return f"{described.name} ({', '.join(changed)})" if changed else described.name
 
 
 def _default_label(spec: Any) -> str:

@@ -16,8 +16,10 @@
       const own = colour(`series-${role.series % 8}`);
       copy.line = { ...trace.line, color: own };
       copy.marker = { ...trace.marker, color: own };
+      for (const error of ["error_x", "error_y"]) if (trace[error]) copy[error] = { ...trace[error], color: own };
       if (trace.fill) copy.fillcolor = faint(own);
     }
+    if (role.tone !== undefined) copy.line = { ...trace.line, color: colour(role.tone) };
     if (role.scale !== undefined) {
       copy.colorscale = scale();
       copy.colorbar = { ...trace.colorbar, tickfont: { color: colour("soft") }, outlinewidth: 0 };
@@ -55,4 +57,69 @@
   window.addEventListener("afterprint", draw);
   let width = window.innerWidth;
   window.addEventListener("resize", () => { if (window.innerWidth !== width) { width = window.innerWidth; again(); } });
+
+  // A point of a figure, or a link, leads to its records.
+  for (const plot of plots) {
+    plot.on("plotly_click", (event) => { const name = event.points[0].customdata?.point; if (name) show(name); });
+  }
+  for (const link of document.querySelectorAll("a[data-point]")) {
+    link.addEventListener("click", (event) => { event.preventDefault(); show(link.dataset.point); });
+  }
+  function show(point) {
+    for (const table of tables) table.show(point);
+  }
+
+  // Long tables: sorted by a column's title, filtered by words, rows that open.
+  document.documentElement.classList.add("script");
+  const tables = [...document.querySelectorAll("table.records")].map((table) => {
+    const tools = document.querySelector(`[data-for="${table.id}"]`);
+    const [search, all, told] = ["input", "button", "output"].map((name) => tools.querySelector(name));
+    const rows = [...table.tBodies].map((body) => ({ body, text: body.rows[0].textContent.toLowerCase(), of: body.dataset.of.split(" ") }));
+    let point = null;
+
+    function filter() {
+      const words = search.value.toLowerCase().split(/\s+/).filter(Boolean);
+      let count = 0;
+      for (const { body, text, of } of rows) {
+        const shown = words.every((word) => text.includes(word)) && (point === null || of.includes(point));
+        body.hidden = !shown;
+        count += shown;
+      }
+      told.textContent = count === rows.length ? `${count} rows` : `${count} of ${rows.length} rows`;
+      all.hidden = point === null;
+    }
+
+    function sort(head, column) {
+      const down = head.getAttribute("aria-sort") === "ascending";
+      for (const other of table.tHead.rows[0].cells) other.removeAttribute("aria-sort");
+      head.setAttribute("aria-sort", down ? "descending" : "ascending");
+      const by = ({ body }) => body.rows[0].cells[column].dataset.by;
+      const empty = (value) => value === "";
+      const compare = (a, b) => {
+        if (empty(a) || empty(b)) return empty(a) - empty(b);  // what is not known comes last, whichever way
+        const order = Number.isNaN(Number(a)) || Number.isNaN(Number(b)) ? a.localeCompare(b) : Number(a) - Number(b);
+        return down ? -order : order;
+      };
+      rows.sort((a, b) => compare(by(a), by(b)));
+      table.append(...rows.map(({ body }) => body));
+    }
+
+    [...table.tHead.rows[0].cells].forEach((head, column) => head.querySelector("button").addEventListener("click", () => sort(head, column)));
+    for (const { body } of rows) {
+      const button = body.querySelector("button");
+      button.addEventListener("click", () => button.setAttribute("aria-expanded", body.rows[1].classList.toggle("open")));
+    }
+    search.addEventListener("input", filter);
+    tools.addEventListener("submit", (event) => event.preventDefault());
+    all.addEventListener("click", () => { point = null; filter(); });
+    return {
+      show(name) {
+        point = name;
+        search.value = "";
+        filter();
+        tools.scrollIntoView({ block: "start" });
+        table.querySelector("tbody:not([hidden]) button")?.focus({ preventScroll: true });
+      },
+    };
+  });
 })();

@@ -17,7 +17,21 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Answers", "Code", "Figure", "Figures", "Page", "Section", "Table", "Text", "versions_line", "write_page"]
+__all__ = [
+    "Answers",
+    "Code",
+    "Figure",
+    "Figures",
+    "Page",
+    "Record",
+    "Records",
+    "Section",
+    "Table",
+    "Text",
+    "versions_line",
+    "write_page",
+    "write_text",
+]
 
 
 @dataclass(frozen=True)
@@ -38,13 +52,49 @@ class Answers:
 
 @dataclass(frozen=True)
 class Table:
-    """A table: column titles, rows of texts, and what it shows. Columns after the first ``labels`` hold numbers."""
+    """A table: column titles, rows of texts, and what it shows. Columns after the first ``labels`` hold numbers.
+
+    Where ``points`` names one for each row, the row leads to that point's records.
+    """
 
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
     caption: str
     labels: int = 1
+    points: Sequence[str] = ()
     kind: str = "table"
+
+
+@dataclass(frozen=True)
+class Record:
+    """A row of :class:`Records`.
+
+    Attributes:
+        cells: texts, each with what it sorts by: a number or a text.
+        of: names of the points that it is part of; what is named so elsewhere on the page leads here.
+        command: that measures it again, where there is one.
+        json: the row as it is stored.
+    """
+
+    cells: Sequence[tuple[str, float | str]]
+    of: Sequence[str] = ()
+    command: str = ""
+    json: str = ""
+
+
+@dataclass(frozen=True)
+class Records:
+    """A long table that the reader sorts and filters; each record opens to its command and to all that it holds.
+
+    Columns after the first ``labels`` hold numbers.
+    """
+
+    name: str
+    columns: Sequence[str]
+    records: Sequence[Record]
+    caption: str
+    labels: int = 1
+    kind: str = "records"
 
 
 @dataclass(frozen=True)
@@ -118,8 +168,12 @@ def write_page(page: Page, path: str | os.PathLike[str]) -> Path:
     Returns:
         The file's path.
     """
+    return write_text(path, render(page))
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> Path:
+    """Write a file whole or not at all: what stood there before stays until the new one is complete."""
     target = Path(path)
-    text = render(page)
     target.parent.mkdir(parents=True, exist_ok=True)
     handle, draft = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
     try:

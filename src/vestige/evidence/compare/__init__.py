@@ -1,0 +1,304 @@
+"""The comparison: methods x budgets x tasks x models x seeds, at equal bytes or equal time.
+
+Every cell is a row of the folder's ledger, under a key made of all that it depends on, with the command that measures
+it again. What is there already is not measured again: a killed comparison goes on where it was. A cell that fails is
+recorded with its error, and tried again by the next run.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vestige.core.ledger import Ledger
+from vestige.errors import InputError, LedgerError, ModelError, SpecError
+from vestige.evidence.engine.record import Record, progress_bar
+
+if TYPE_CHECKING:
+    from vestige.evidence.compare.plan import Cell, Facts, Job, Way
+    from vestige.evidence.compare.spec import Comparison
+    from vestige.evidence.engine.engine import Engine
+
+__all__ = ["CompareResult", "Estimate", "Rerun", "compare", "rerun"]
+
+LEDGER = "ledger.jsonl"
+ENGINES = ("local", "ray")
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a comparison will take.
+
+    Attributes:
+        cells: in all.
+        missing: those that the ledger lacks.
+        readings: passes over contexts that they need, each of all examples of a seed.
+        seconds: about, on one worker.
+    """
+
+    cells: int
+    missing: int
+    readings: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class CompareResult:
+    """What a comparison found.
+
+    Attributes:
+        ledger: the measurements.
+        estimate: what there was to do.
+        rows: of this comparison's cells, in their order; of one that failed, its latest error.
+        measured: rows added now.
+    """
+
+    ledger: Ledger
+    estimate: Estimate
+    rows: tuple[dict[str, Any], ...]
+    measured: int
+
+    @property
+    def failed(self) -> tuple[dict[str, Any], ...]:
+        """The rows of cells that failed."""
+        return tuple(row for row in self.rows if "error" in row)
+
+
+@dataclass(frozen=True)
+class Rerun:
+    """A cell measured again: the row that was recorded, and the one measured now (which is not recorded)."""
+
+    before: Mapping[str, Any]
+    now: Mapping[str, Any]
+
+    @property
+    def same(self) -> bool:
+        """Whether every example has the value that it had."""
+        return "scored" in self.now and self.now["scored"]["values"] == self.before.get("scored", {}).get("values")
+
+
+def compare(
+    spec: str | os.PathLike[str] | Mapping[str, Any] | Comparison | None = None,
+    *,
+    out: str | os.PathLike[str] = "vestige-compare",
+    engine: str = "local",
+    workers: int | None = None,
+    gpus: float = 0,
+    cpus: float = 1,
+    address: str | None = None,
+    dry_run: bool = False,
+    progress: bool = True,
+    **fields: Any,
+) -> CompareResult:
+    """Measure every method under every budget, on every task, with every model and seed.
+
+    ::
+
+        vestige.compare("compare.yaml")
+        vestige.compare(models="smollm2", tasks="needle", methods=["h2o", "snapkv"], budgets=[0.25, 0.5])
+
+    Args:
+        spec: a YAML file or a mapping with the fields of :class:`~vestige.evidence.compare.spec.Comparison`.
+        out: folder for ``ledger.jsonl``; measurements found there are not repeated.
+        engine: ``"local"``, one cell after the other in this process, or ``"ray"``, side by side.
+        workers, gpus, cpus, address: of Ray; see :class:`~vestige.evidence.engine.ray.RayEngine`.
+        dry_run: check everything and estimate, and measure nothing.
+        progress: print the estimate, and show a progress bar with the time left, on stderr.
+        fields: fields of the comparison, in place of those of ``spec``.
+
+    Raises:
+        SpecError: a field, name, parameter or budget is unknown or out of range, with its line where it stands in a
+            file; before anything is measured.
+        InputError: a file cannot be read, or ``out`` is no folder.
+        LedgerError: the ledger cannot be read or written.
+    """
+    from vestige.evidence.compare.plan import Way, cells_of, check_limits, jobs_of
+    from vestige.evidence.compare.spec import read_spec
+
+    chosen = read_spec(fields if spec is None else spec)
+    if spec is not None and fields:
+        chosen = read_spec({**dict(chosen), **fields})
+    folder = Path(out).expanduser()
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"out is {str(out)!r}, which is no folder")
+    pairs, names = _named(chosen.models)
+    way = Way.of(chosen)
+    running = _engine(engine, pairs, workers=workers, gpus=gpus, cpus=cpus, address=address)
+    try:
+        facts = {name: _facts(running, name, way, spec) for name in names}
+        for name in names:
+            check_limits(chosen, name, facts[name])
+        cells = [cell.keyed(way, facts[cell.model].given) for cell in cells_of(chosen, names)]
+        _unique(cells)
+        known = _known(folder / LEDGER)
+        missing = [cell for cell in cells if cell.key not in known]
+        jobs = jobs_of(missing, way, chosen.seeds[0])
+        seconds = sum(job.work * facts[job.model].seconds_per_token for job in jobs)
+        estimate = Estimate(len(cells), len(missing), len(jobs), seconds)
+        if progress:
+            _announce(estimate, running)
+        if dry_run:
+            return CompareResult(Ledger(folder / LEDGER), estimate, (), 0)
+        record = Record(folder / LEDGER)
+        failed: dict[str, dict[str, Any]] = {}
+        total = sum(job.work for job in jobs)
+        with progress_bar("compare", total, progress) as advance:
+            for done in running.run(jobs):
+                for row in done.rows if done.rows is not None else _lost(done.job, done.reason, facts):
+                    _keep(record, failed, row, None if pairs else folder / LEDGER)
+                advance(done.job.work, done.job.says)
+    finally:
+        running.close()
+    found = {**failed, **record.known}
+    rows = tuple({**found[cell.key], "key": cell.key} for cell in cells if cell.key in found)
+    return CompareResult(record.ledger, estimate, rows, record.measured)
+
+
+def rerun(ledger: str | os.PathLike[str], key: str) -> Rerun:
+    """Measure the cell of a ledger's row again, from what the row itself says. Nothing is recorded.
+
+    Raises:
+        InputError: no such ledger.
+        SpecError: no such row, or one that is no comparison's; its task or method is unknown here or of another
+            version; or the model has other weights now.
+    """
+    from vestige.evidence.compare.plan import Cell, Job
+    from vestige.evidence.compare.work import Worker
+
+    path = Path(ledger)
+    if not path.is_file():
+        raise InputError(f"no ledger {str(ledger)!r}")
+    rows = {row["key"]: row for row in Ledger(path).rows() if isinstance(row.get("key"), str)}
+    if key not in rows:
+        from vestige.core.method import nearest
+
+        close = nearest(key, rows)
+        raise SpecError(f"{path} has no row {key!r}{'; did you mean ' + close[0] + '?' if close else ''}")
+    before = rows[key]
+    if "cell" not in before:
+        raise SpecError(f"the row {key!r} is no cell of a comparison")
+    cell, way = Cell.read(before["cell"], key)
+    worker = Worker()
+    known = worker.facts(cell.model, way.dtype, way.device).given
+    recorded = before["cell"]["given"]
+    if recorded and known["weights"] != recorded["weights"]:
+        raise SpecError(f"{cell.model} has other weights now than in the row {key!r}")
+    return Rerun(before, worker.run(Job(cells=(cell,), way=way))[0])
+
+
+def _named(models: tuple[Any, ...]) -> tuple[dict[str, tuple[Any, Any]], list[str]]:
+    """Models that were given as objects, by name, and the names of all."""
+    from vestige.evidence.engine.bench import load_pair
+
+    pairs = {load_pair(model, None, None)[0]: model for model in models if isinstance(model, tuple)}
+    names = [load_pair(model, None, None)[0] if isinstance(model, tuple) else os.fspath(model) for model in models]
+    for name in names:
+        if names.count(name) > 1:
+            raise SpecError(f"field 'models' holds {name!r} twice")
+    return pairs, names
+
+
+def _engine(engine: str, pairs: dict[str, tuple[Any, Any]], **of_ray: Any) -> Engine:
+    from vestige.core.method import did_you_mean
+
+    if engine not in ENGINES:
+        raise SpecError(f"unknown engine {engine!r}; {did_you_mean(str(engine), ENGINES)}")
+    if engine == "ray":
+        from vestige.evidence.engine.ray import RayEngine, check_ray
+
+        check_ray(of_ray["workers"], of_ray["gpus"], of_ray["cpus"])
+        if pairs:
+            raise SpecError("engine 'ray' needs models by name or folder: its workers load their own")
+        from vestige.evidence.compare.work import Worker
+
+        return RayEngine(Worker, **of_ray)
+    from vestige.evidence.compare.work import Worker
+    from vestige.evidence.engine.local import LocalEngine
+
+    return LocalEngine(functools.partial(Worker, pairs))
+
+
+def _facts(running: Engine, name: str, way: Way, spec: Any) -> Facts:
+    """What is known of a model; that it cannot be loaded is an error of the description."""
+    try:
+        return running.ask("facts", name, way.dtype, way.device)
+    except ModelError as error:
+        raise SpecError(f"{_line_of(spec, name)}{error}") from error
+
+
+def _line_of(spec: Any, name: str) -> str:
+    """``file:line: `` of a model's name in a file."""
+    if not isinstance(spec, str | os.PathLike):
+        return ""
+    from vestige.evidence.compare.spec import lines_of
+
+    return lines_of(spec).of_value("models", name)
+
+
+def _unique(cells: list[Cell]) -> None:
+    """Raise where two cells are the same measurement, as with one task given twice."""
+    seen: dict[str, Cell] = {}
+    for cell in cells:
+        if cell.key in seen:
+            raise SpecError(f"the comparison holds {cell.task.name} with {cell.method.name} twice")
+        seen[cell.key] = cell
+
+
+def _known(path: Path) -> set[str]:
+    return {row["key"] for row in Ledger(path).rows() if isinstance(row.get("key"), str)} if path.exists() else set()
+
+
+def _keep(record: Record, failed: dict[str, dict[str, Any]], row: dict[str, Any], ledger: Path | None) -> None:
+    """Put a row into the ledger; that of a failure under a key of its own, so that the cell is tried again."""
+    key = row.pop("key")
+    if ledger is not None:
+        row["command"] = f"vestige compare {_quoted(ledger)} --only {key}"
+    if "error" not in row:
+        record.store(key, **row)
+        return
+    tries = 1
+    while f"{key}-failed-{tries}" in record.known:
+        tries += 1
+    failed[key] = row
+    record.store(f"{key}-failed-{tries}", **row)
+
+
+def _quoted(path: Path) -> str:
+    import shlex
+
+    return shlex.quote(str(path))
+
+
+def _lost(job: Job, reason: str, facts: Mapping[str, Facts]) -> list[dict[str, Any]]:
+    """Rows of a job that no worker survived."""
+    from vestige.evidence.compare.work import failed
+
+    error = LedgerError(reason)
+    return [failed(cell, job.way, facts[cell.model].given, error) for cell in job.cells]
+
+
+def _announce(estimate: Estimate, running: Engine) -> None:
+    from rich.console import Console
+
+    workers = getattr(running, "count", 1)
+    there = estimate.cells - estimate.missing
+    left = f"about {duration(estimate.seconds / workers)}" if estimate.missing else "nothing to do"
+    beside = f" on {workers} workers" if workers > 1 else ""
+    Console(stderr=True).print(
+        f"{estimate.cells} cells, {there} of them in the ledger; {estimate.missing} to measure in "
+        f"{estimate.readings} readings{beside}: {left}",
+        highlight=False,
+    )
+
+
+def duration(seconds: float) -> str:
+    """A time as people say it."""
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    if seconds < 90 * 60:
+        return f"{round(seconds / 60)} min"
+    return f"{seconds / 3600:.1f} h"
