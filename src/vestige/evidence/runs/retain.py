@@ -1,0 +1,152 @@
+"""Let learners go through a stream, and see what each keeps."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import yaml
+
+from vestige.core.ledger import Ledger
+from vestige.errors import InputError, SpecError
+from vestige.evidence.runs.models import build, tokenizer_of
+from vestige.evidence.runs.sources import Examples, encoded, examples
+from vestige.evidence.runs.spec import Retaining, read_spec, write_text
+from vestige.weights.retain import ContinualRun, ContinualTrainer, Learner, Stream
+
+if TYPE_CHECKING:
+    import pandas
+
+__all__ = ["Retained", "run_retention"]
+
+
+@dataclass(frozen=True)
+class Retained:
+    """What came of a run.
+
+    Attributes:
+        folder: holds ``report.html``, ``ledger.jsonl``, ``retention.yaml``, and a folder per learner.
+        runs: the result of each learner, by its label.
+    """
+
+    folder: Path
+    runs: dict[str, ContinualRun]
+
+    def table(self) -> pandas.DataFrame:
+        """One row per learner: average, forgetting and the rest, bytes, seconds."""
+        import pandas
+
+        rows = {}
+        for label, run in self.runs.items():
+            held = {"replay_bytes": run.replay_bytes, "state_bytes": run.state_bytes, "seconds": sum(run.seconds)}
+            rows[label] = {**run.metrics(), **held}
+        return pandas.DataFrame.from_dict(rows, orient="index")
+
+
+def run_retention(
+    source: str | os.PathLike[str] | Mapping[str, Any] | Retaining,
+    *,
+    resume: bool = True,
+    tell: Callable[[str], None] = lambda text: None,
+    **changes: Any,
+) -> Retained:
+    """Let every learner of a description learn its stream, from the same model.
+
+    Checkpoints are kept after each experience, and an interrupted run goes on where it was.
+
+    Args:
+        source: a YAML file, a mapping, or a description.
+        resume: go on with what the folder holds.
+        tell: is told what is going on, a line at a time.
+        changes: of fields, as ``out`` or ``seed``.
+
+    Raises:
+        SpecError: a wrong description, or a folder that holds another run.
+        InputError, ModelError, TrainingError, MissingPackageError: as the parts that it calls.
+    """
+    from transformers import TrainingArguments
+
+    spec = read_spec(Retaining, source, **changes)
+    learners = [Learner.from_spec(each if isinstance(each, dict) else {"name": each}) for each in spec.learners]
+    for learner in learners:
+        if not isinstance(learner, Learner):
+            raise SpecError(f"field 'learners' holds {learner.spec()!r}; allowed: learners")
+    labels = [learner.label for learner in learners]
+    if len(set(labels)) < len(labels):
+        labels = [f"{label} {n}" for n, label in enumerate(labels, 1)]
+    found = examples(spec.data)
+    tokenizer = tokenizer_of(spec.model) if found.kind == "text" else None
+    stream, collator = _stream(spec, found, tokenizer)
+    general = list(found.test) if found.kind == "images" else [encoded(tokenizer)(r, "question") for r in found.test]
+    write_text(spec.out / "retention.yaml", yaml.safe_dump(json.loads(spec.model_dump_json()), sort_keys=False))
+    ledger = Ledger(spec.out / "ledger.jsonl")
+    runs = {}
+    for label, learner in zip(labels, learners, strict=True):
+        tell(f"{label}: {len(stream)} experiences")
+        plain = {"save_strategy": "epoch", "save_total_limit": 1, "report_to": "none", "disable_tqdm": True}
+        plain |= {"logging_strategy": "no", "seed": spec.seed}
+        folder = spec.out / label.replace(" ", "-")
+        try:
+            args = TrainingArguments(output_dir=str(folder), **{**plain, **spec.train})
+        except (TypeError, ValueError) as error:
+            raise SpecError(f"field 'train': {str(error).splitlines()[0]}") from None
+        trainer = ContinualTrainer(
+            build(spec.model, found, tokenizer),
+            learner,
+            args,
+            collator=collator,
+            general=general if learner.needs_general else None,
+            held_out=general if found.kind == "text" else None,
+            ledger=ledger,
+            model_name=spec.model.load or "new",
+        )
+        runs[label] = trainer.run(stream, resume=resume)
+        tell(f"{label}: average {runs[label].average:.3f}, forgetting {runs[label].forgetting:.3f}")
+    from vestige.evidence.report.retention_page import write_retention_report
+
+    done = Retained(spec.out, runs)
+    write_retention_report(done, spec, spec.out / "report.html")
+    return done
+
+
+def _stream(spec: Retaining, found: Examples, tokenizer: Any) -> tuple[Stream, Any]:
+    if found.kind == "images":
+        if isinstance(spec.experiences, str):
+            raise SpecError(f"field 'experiences' is {spec.experiences!r}; allowed for images: a number, or classes")
+        return Stream.by_class(found.train, found.test, experiences=spec.experiences, kind=spec.kind), None
+    if not isinstance(spec.experiences, str):
+        raise SpecError(f"field 'experiences' is {spec.experiences!r}; allowed for questions: the name of a column")
+    column = spec.experiences
+    values = list(dict.fromkeys(str(row[column]) for row in found.train if column in row))
+    if not values:
+        raise InputError(f"no example has a column {column!r}; columns: {', '.join(found.train[0])}")
+    encode = encoded(tokenizer)
+    parts = {}
+    for value in values:
+        rows = [row for row in found.train if str(row.get(column)) == value]
+        taught = [encode(row, "question") for row in rows]
+        # What was learnt is asked for as it was taught: a fact cannot be worked out from others.
+        parts[value] = (taught, taught)
+    return Stream.of(parts, kind="domain", inputs="input_ids"), _Padding(tokenizer.pad_token_id or 0)
+
+
+class _Padding:
+    """Rows of tokens, filled up on the right."""
+
+    def __init__(self, padding: int) -> None:
+        self.padding = padding
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        pad = torch.nn.utils.rnn.pad_sequence
+        ids = [torch.as_tensor(row["input_ids"]) for row in rows]
+        labels = [torch.as_tensor(row["labels"]) for row in rows]
+        return {
+            "input_ids": pad(ids, batch_first=True, padding_value=self.padding),
+            "labels": pad(labels, batch_first=True, padding_value=-100),
+            "attention_mask": pad([torch.ones_like(row) for row in ids], batch_first=True),
+        }

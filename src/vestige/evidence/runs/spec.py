@@ -1,0 +1,213 @@
+"""Descriptions of runs: read from YAML, checked, and kept beside what came of them."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, Self, TypeVar
+
+import pydantic
+import yaml
+
+from vestige.core.method import did_you_mean
+from vestige.errors import InputError, SpecError
+
+__all__ = ["Data", "Erasing", "Learning", "Model", "Retaining", "read_spec", "write_text"]
+
+
+class _Part(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(extra="forbid", protected_namespaces=(), frozen=True)
+
+
+class Data(_Part):
+    """Where examples come from.
+
+    Attributes:
+        name: ``digits`` (images, with scikit-learn), ``elements`` and ``countries`` (questions and answers, with
+            mendeleev and countryinfo), ``npz`` (images of your own), ``jsonl`` (questions and answers of your own).
+        file: of ``npz``: arrays ``images`` (rows, channels, height, width), ``labels`` (rows,), and ``test_images`` and
+            ``test_labels``. Of ``jsonl``: one object per line, with ``question`` and ``answer``, and where there is
+            one ``paraphrase``, and further columns.
+        limit: subjects (or rows of images) that are used; all by default.
+        fields: of elements and countries, those that are asked for; all by default.
+        unseen: share of the subjects (or lines) that no model is taught.
+        seed: of what is drawn.
+    """
+
+    name: Literal["digits", "elements", "countries", "npz", "jsonl"]
+    file: Path | None = None
+    limit: int | None = pydantic.Field(None, ge=4)
+    fields: list[str] | None = None
+    unseen: float = pydantic.Field(0.1, gt=0, lt=1)
+    seed: int = 0
+
+    @pydantic.model_validator(mode="after")
+    def _file_where_one_is_read(self) -> Self:
+        if (self.file is not None) != (self.name in ("npz", "jsonl")):
+            raise ValueError(f"{self.name} {'takes no' if self.file else 'needs a'} file")
+        return self
+
+
+class Model(_Part):
+    """The model: one that there is, or a new one.
+
+    Attributes:
+        load: a folder or a Hugging Face id; ``smollm2`` is embedded.
+        new: the sizes of a small new one: fields of a ``ViTConfig`` (images) or a ``LlamaConfig`` (text).
+        seed: of a new one's weights.
+    """
+
+    load: str | None = None
+    new: dict[str, Any] | None = None
+    seed: int = 0
+
+    @pydantic.model_validator(mode="after")
+    def _one_of_both(self) -> Self:
+        if (self.load is None) == (self.new is None):
+            raise ValueError("give either 'load' or 'new'")
+        return self
+
+
+class Learning(_Part):
+    """How a model is taught: Adam, a step size that falls linearly to zero.
+
+    Attributes:
+        epochs: passes over the examples.
+        learning_rate: at the start.
+        batch: rows in a step.
+        seed: of the order.
+    """
+
+    epochs: int = pydantic.Field(10, ge=1)
+    learning_rate: float = pydantic.Field(1e-3, gt=0)
+    batch: int = pydantic.Field(32, ge=1)
+    seed: int = 0
+
+
+class Erasing(_Part):
+    """An erasure and its audit.
+
+    Attributes:
+        out: the folder for the model, the page and the ledger.
+        data: the examples.
+        forget: those to forget: ``{column: value or values}``, or ``{random: how many}``.
+        model: what forgets.
+        learn: teach the model all examples first; without it the model is taken as knowing them.
+        reference: ``retrain``: teach a second model, alike, all but what is to be forgotten; a folder or id: that one.
+        eraser: its spec.
+        batch: rows at a time.
+        seed: of the erasure and the audit.
+        relearning: fields of :class:`~vestige.evidence.erasure.relearn.Relearning`.
+        rows: of each set that the audit looks at, at most.
+    """
+
+    out: Path
+    data: Data
+    forget: dict[str, Any] = pydantic.Field(min_length=1, max_length=1)
+    model: Model
+    learn: Learning | None = None
+    reference: str | None = None
+    eraser: dict[str, Any]
+    batch: int = pydantic.Field(32, ge=1)
+    seed: int = 0
+    relearning: dict[str, Any] = {}
+    rows: int = pydantic.Field(500, ge=1)
+
+    @pydantic.model_validator(mode="after")
+    def _retraining_needs_a_recipe(self) -> Self:
+        if self.reference == "retrain" and self.learn is None:
+            raise ValueError("reference 'retrain' needs 'learn', which says how")
+        return self
+
+
+class Retaining(_Part):
+    """Learners on a stream.
+
+    Attributes:
+        out: the folder for checkpoints, the page and the ledger.
+        data: the examples.
+        experiences: how many, of equally many classes each; or the classes of each; or the column by whose values a
+            stream of questions is split.
+        kind: of a stream of images: ``class`` or ``task``.
+        model: what learns; every learner begins with it.
+        learners: their specs, one after the other; what one is beside another is the point of the table.
+        train: fields of transformers' ``TrainingArguments``.
+        seed: of training.
+    """
+
+    out: Path
+    data: Data
+    experiences: int | list[list[int]] | str
+    kind: Literal["class", "task"] = "class"
+    model: Model
+    learners: list[dict[str, Any] | str] = pydantic.Field(min_length=1)
+    train: dict[str, Any] = {}
+    seed: int = 0
+
+
+T = TypeVar("T", bound=_Part)
+
+
+def read_spec(kind: type[T], source: str | os.PathLike[str] | Mapping[str, Any] | T, **changes: Any) -> T:
+    """A description from a YAML file or a mapping, with changes; relative paths in a file are relative to it.
+
+    Raises:
+        InputError: no such file.
+        SpecError: no YAML, an unknown field, or a value that is not allowed; names field and value.
+    """
+    if isinstance(source, kind):
+        return source
+    base = Path()
+    if isinstance(source, Mapping):
+        given = dict(source)
+    else:
+        assert isinstance(source, str | os.PathLike)
+        try:
+            text = Path(source).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"{os.fspath(source)!r} cannot be read: {error}") from error
+        try:
+            given = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise SpecError(f"{os.fspath(source)!r} is no YAML: {' '.join(str(error).split())}") from None
+        if not isinstance(given, dict):
+            raise SpecError(f"{os.fspath(source)!r} holds no fields; allowed: {', '.join(kind.model_fields)}")
+        base = Path(source).resolve().parent
+    given.update({name: value for name, value in changes.items() if value is not None})
+    try:
+        spec = kind(**given)
+    except pydantic.ValidationError as error:
+        raise SpecError(_first(error, kind)) from None
+    data: Data = spec.data  # type: ignore[attr-defined]
+    if data.file is not None:
+        data = data.model_copy(update={"file": base / data.file.expanduser()})
+    return spec.model_copy(update={"out": base / spec.out.expanduser(), "data": data})  # type: ignore[attr-defined]
+
+
+def _first(error: pydantic.ValidationError, kind: type[_Part]) -> str:
+    first = error.errors()[0]
+    place = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        owner: Any = kind
+        for part in first["loc"][:-1]:
+            held = owner.model_fields[part].annotation
+            owner = next((a for a in getattr(held, "__args__", (held,)) if hasattr(a, "model_fields")), owner)
+        return f"unknown field {place!r}; {did_you_mean(str(first['loc'][-1]), owner.model_fields)}"
+    shown = "missing" if first["type"] == "missing" else repr(first["input"])
+    return f"field {place!r} is {shown}: {first['msg']}" if place else str(first["msg"])
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, draft = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        Path(draft).chmod(0o644)
+        Path(draft).replace(path)
+    except BaseException:
+        Path(draft).unlink(missing_ok=True)
+        raise
