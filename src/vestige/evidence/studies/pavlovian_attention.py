@@ -43,8 +43,8 @@ class PavlovianAttention(Study):
     )
     verdict = Verdict(
         "reproduced",
-        "Squared error within 2.4% of (N - 1) / d; what is held grows with the power 0.95 to 0.97 of d on average, 0.46 "
-        "to 0.47 without a failed read; over 8 layers four heads leave 0.12 to 0.14 of the error of one (3 seeds)",
+        "Squared error within 2.4% of (N - 1) / d; the number held grows with the power 0.95 to 0.97 of d, or 0.46 to "
+        "0.47 where no read may fail; over 8 layers four heads leave 0.12 to 0.14 of the error of one (3 seeds)",
     )
     FULL = {"widths": (16, 32, 64, 128, 256, 512, 1024), "trials": 128, "layers": 16}  # noqa: RUF012
 
