@@ -17,7 +17,7 @@ from vestige.evidence.tasks.task import ContextTask, Example, Question, Task, Tr
 
 CLASSES = {card.name: registry.load(card.name) for card in vestige.tasks()}
 CONTEXT = [name for name, cls in CLASSES.items() if issubclass(cls, ContextTask)]
-LENGTH = 500
+LENGTH = 330
 
 
 def examples(name, tokenizer, length=LENGTH, seed=0, count=3):
@@ -91,14 +91,14 @@ def test_a_context_too_short_says_so(name, tokenizer):
 def test_batches_left_padding_and_shared_readings_change_no_score(name, toy):
     """Rows of different lengths, read together and by several policies at once, say what each says alone."""
     model, tokenizer = toy
-    some = [*examples(name, tokenizer, 480, count=2), *examples(name, tokenizer, 500, seed=1, count=1)]
+    some = [*examples(name, tokenizer, 320, count=2), *examples(name, tokenizer, LENGTH, seed=1, count=1)]
     task = vestige.task(name)
-    cells = [(None, None), (vestige.method("h2o"), 0.3), (vestige.method("a2sf"), 90), (vestige.method("full"), None)]
+    cells = [(None, None), (vestige.method("h2o"), 0.3), (vestige.method("full"), None)]
     alone = [task.score(model, some, policy=p if b is None else p.replace(budget=b)) for p, b in cells]
     for one, other in zip(task.scores(model, some, cells, batch_size=3), alone, strict=True):
         assert one.said == other.said and one.values == pytest.approx(other.values, rel=1e-4)
-    assert alone[0].said == alone[3].said and alone[0].values == pytest.approx(alone[3].values, rel=1e-4)
-    assert alone[1].kv_bytes < alone[3].kv_bytes * 0.6 and alone[0].kv_bytes == alone[3].kv_bytes
+    assert alone[0].said == alone[2].said and alone[0].values == pytest.approx(alone[2].values, rel=1e-4)
+    assert alone[1].kv_bytes < alone[2].kv_bytes * 0.6 and alone[0].kv_bytes == alone[2].kv_bytes
 
 
 def ask(model, rows, cells=((None, None),), **options):
