@@ -11,7 +11,7 @@ from torch import Tensor
 from vestige.context.attention import Look
 from vestige.context.cache import EMPTY, KeptLayer, Step
 from vestige.context.policy import Evict
-from vestige.core.method import Paper, param
+from vestige.core.method import Paper, Verdict, param
 
 __all__ = ["ExpectedAttention"]
 
@@ -42,6 +42,13 @@ class ExpectedAttention(Evict):
         arxiv="2510.00636",
         code="https://github.com/NVIDIA/kvpress",
         equations="section 3: expected attention from mean and covariance of the queries under the mean turn",
+    )
+    verdict = Verdict(
+        "reproduced",
+        "SmolLM2, 256 tokens cut to 40: what is kept gets 75% of the attention of later tokens, sinks and a "
+        "window 60%; 0.35 nats from the whole cache's predictions, a plain window 1.4. A needle asked for "
+        "only after the cut (512 tokens, half kept) is lost: 42% of its tokens are held, and where the filler"
+        " repeats itself 67%, but only 53% in the heads that look for it",
     )
 
     sinks: int = param(4, "first tokens, always kept and left out of the statistics", ge=0)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from vestige.context.cache import KeptLayer
 from vestige.context.policy import Evict
-from vestige.core.method import Paper, param
+from vestige.core.method import Paper, Verdict, param
 
 __all__ = ["KNorm"]
 
@@ -31,6 +31,14 @@ class KNorm(Evict):
         venue="EMNLP 2024",
         code="https://github.com/alessiodevoto/l2compress",
         equations="section 3, keys of lowest L2 norm",
+    )
+    verdict = Verdict(
+        "reproduced",
+        "SmolLM2, 256 tokens cut to 40: what is kept gets 65% of the attention of later tokens, long keys 6%;"
+        " 0.83 nats from the whole cache's predictions, long keys 2.0. A needle asked for only after the cut "
+        "(512 tokens, half kept) is lost in text whose sentences all differ and found 9 times in 10 among "
+        "five sentences over and over: tokens that are new have short keys. kvpress's press gives the same "
+        "answers to the same prompts",
     )
 
     recent: int | float = param(0, "last tokens that are always kept: tokens (int), or a share of the budget", ge=0)

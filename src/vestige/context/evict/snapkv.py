@@ -10,7 +10,7 @@ from torch.nn.functional import avg_pool1d, max_pool1d
 from vestige.context.attention import Look
 from vestige.context.cache import EMPTY, KeptLayer, Step, per_row
 from vestige.context.policy import Evict
-from vestige.core.method import Paper, param
+from vestige.core.method import Paper, Verdict, param
 from vestige.errors import SpecError
 
 __all__ = ["SnapKV"]
@@ -33,6 +33,14 @@ class SnapKV(Evict):
         venue="NeurIPS 2024",
         code="https://github.com/FasterDecoding/SnapKV",
         equations="section 4.2, voting and clustering by pooling",
+    )
+    verdict = Verdict(
+        "reproduced",
+        "SmolLM2, 256 tokens cut to 40, a window of 16: what is kept gets 73% of the attention of later "
+        "tokens, sinks and a window 60%. With the question in the window 56% of an answer's tokens come out "
+        "at a third of the cache, with h2o 28%. Asked for only after the cut (512 tokens, half kept) a needle"
+        " is found only near the end: the queries that vote know nothing of the question, and 40% of its "
+        "tokens are held",
     )
 
     window_size: int = param(64, "last queries of a prompt that vote; their tokens are kept", ge=1)

@@ -38,8 +38,9 @@ class StreamingLLM(Evict):
     )
     verdict = Verdict(
         "reproduced",
-        "SmolLM2, reading on through a cache of 40 entries: loss 0.18 nats above the whole cache's, "
-        "without the sinks 1.3",
+        "SmolLM2, reading on through a cache of 40 entries: loss 0.18 nats above the whole cache's, without "
+        "the sinks 1.3. A needle asked for after the cut is found where it stands in the window, and nowhere "
+        "else",
     )
 
     sinks: int = param(4, "first tokens that are always kept", ge=0)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vestige.context.cache import KeptLayer
 from vestige.context.policy import AttentionMass
-from vestige.core.method import Paper, param
+from vestige.core.method import Paper, Verdict, param
 
 __all__ = ["TOVA"]
 
@@ -33,6 +33,14 @@ class TOVA(AttentionMass):
         venue="EMNLP 2024",
         code="https://github.com/schwartz-lab-NLP/TOVA",
         equations="section 3.3, token omission via attention, with the average over heads",
+    )
+    verdict = Verdict(
+        "reproduced",
+        "SmolLM2, 256 tokens cut to 40: what is kept gets 78% of the attention of later tokens, sinks and a "
+        "window 60%; 0.40 nats from the whole cache's predictions, a plain window 1.4. A needle asked for "
+        "only after the cut (512 tokens, half kept) is lost in text whose sentences all differ and found 6 "
+        "times in 10 among five sentences over and over: the last query looks at what is unusual. kvpress's "
+        "press gives the same answers to the same prompts",
     )
 
     recent: int | float = param(0, "last tokens that are always kept: tokens (int), or a share of the budget", ge=0)
