@@ -30,6 +30,7 @@ class Point:
         budget: as it was asked for; empty for a method that has none.
         spec: of the method, the budget in its own terms.
         values: of every example, by seed and place.
+        length: tokens of a context.
         kv_bytes: held per context, as a mean.
         seconds_per_token, prefill_seconds: median over the seeds that were timed; ``None`` where none was.
         keys: of the rows.
@@ -46,6 +47,7 @@ class Point:
     budget: str
     spec: Mapping[str, Any]
     values: Mapping[tuple[int, int], float]
+    length: int
     kv_bytes: float
     seconds_per_token: float | None
     prefill_seconds: float | None
@@ -175,6 +177,7 @@ def _point(rows: Sequence[Mapping[str, Any]]) -> Point:
         budget="" if first["budget"] is None else first["budget"]["asked"],
         spec=first["method"],
         values=values,
+        length=first["task"]["length"],
         kv_bytes=statistics.fmean(row["kv_bytes"] for row in rows),
         seconds_per_token=_median(rows, "decode_seconds_per_token"),
         prefill_seconds=_median(rows, "prefill_seconds"),
@@ -198,6 +201,7 @@ def _audit_point(rows: Sequence[Mapping[str, Any]]) -> Point:
         budget="" if full else f"{first['metrics']['budget']} entries",
         spec=first["method"],
         values={place: float(row["metrics"]["found"]) for place, row in zip(places, rows, strict=True)},
+        length=first["task"]["length"],
         kv_bytes=statistics.fmean(row["kv_bytes"] for row in rows),
         seconds_per_token=None,
         prefill_seconds=None,
