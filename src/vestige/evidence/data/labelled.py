@@ -26,7 +26,6 @@ _FEWEST = 4  # things that a class must have: one to be asked for, and a few to 
 _NOUNS = {5: "animal", 6: "artifact", 8: "body", 13: "food", 15: "location", 18: "person", 20: "plant"}
 
 
-@functools.cache
 def labelled(kind: str) -> dict[str, tuple[str, ...]]:
     """The things of each class, by one of the names in :data:`KINDS`; a thing has one class.
 
@@ -66,6 +65,7 @@ def _slot(name: str) -> list[str]:
     return vocabulary()["slots"][name]
 
 
+@functools.cache
 def _wordnet() -> list[tuple[str, str]]:
     """The first word of each set of synonyms, where it is one plain word."""
     folder = Path(os.environ.get("WNSEARCHDIR", "/usr/share/wordnet"))

@@ -43,7 +43,6 @@ def python_reference() -> tuple[str, ...]:
     return tuple(sorted(set(texts), key=lambda text: (-len(text), text)))
 
 
-@functools.cache
 def read_source(source: str) -> tuple[str, ...]:
     """The texts of a source, by one of the names in :data:`SOURCES`.
 
@@ -55,11 +54,8 @@ def read_source(source: str) -> tuple[str, ...]:
     kind, colon, place = source.partition(":")
     if source == "python":
         return python_reference()
-    if source == "moby-dick":
-        chapters = [(int(path.stem.partition("_")[2]), path) for path in _npm(source, "chapter_*.json")]
-        return tuple(_text_of(path) for _, path in sorted(chapters))
-    if source == "sotu":
-        return tuple(_text_of(path) for path in sorted(_npm(source, "[0-9]*.json")))
+    if source in ("moby-dick", "sotu"):
+        return _stdlib(source)
     if kind == "file" and colon:
         try:
             return texts_of([Path(place).expanduser().read_text(encoding="utf-8")])
@@ -149,6 +145,15 @@ def passages(tokenizer: Any, length: int, seeds: tuple[int, ...]) -> Tensor:
 @functools.lru_cache(maxsize=8)
 def _paragraphs(texts: tuple[str, ...]) -> list[str]:
     return "\n\n".join(texts).split("\n\n")
+
+
+@functools.cache
+def _stdlib(source: str) -> tuple[str, ...]:
+    """Chapters or speeches, in their order."""
+    if source == "sotu":
+        return tuple(_text_of(path) for path in sorted(_npm(source, "[0-9]*.json")))
+    chapters = [(int(path.stem.partition("_")[2]), path) for path in _npm(source, "chapter_*.json")]
+    return tuple(_text_of(path) for _, path in sorted(chapters))
 
 
 def _npm(source: str, pattern: str) -> list[Path]:
