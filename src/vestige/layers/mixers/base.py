@@ -43,10 +43,12 @@ class Mixer(Method):
     Class attributes
         layer: the class of the layer, built from ``(mixer, place)``.
         attends: whether the layer needs ``layout.mask``, that of softmax attention over the whole past.
+        forgets: how it forgets, in a few words.
     """
 
     layer: ClassVar[type[MixerLayer]]
     attends: ClassVar[bool] = False
+    forgets: ClassVar[str] = "it does not say"
 
     def check_place(self, place: Place) -> None:
         """Refuse a place where the mixer does not fit, before anything is allocated; override.

@@ -93,4 +93,5 @@ class DeltaNet(DeltaRuleMixer):
         "Of eight keys written twice the new value is recalled at 1.00; by gated linear attention at 0.44 to "
         "0.85 (3 seeds). Language modelling at scale was not looked at.",
     )
+    forgets = "writing to a key takes away what it held"
     layer = DeltaNetLayer

@@ -61,6 +61,7 @@ class GatedDeltaNet(DeltaRuleMixer):
         "Of keys written twice the new value is recalled at 0.92 to 1.00; by Mamba-2 at 0.50 to 0.82 with a "
         "state no smaller (3 seeds). Language modelling at scale was not looked at.",
     )
+    forgets = "each head fades by a gate of the token, and writing to a key takes away what it held"
     layer = GatedDeltaNetLayer
 
     expand_k: float = param(0.75, "width of all keys over the hidden size", gt=0)

@@ -60,6 +60,7 @@ class GLA(LinearMixer):
         "Of keys written twice the new value is recalled more often than by linear attention, which cannot "
         "tell old from new (claims, 3 seeds). Language modelling at scale was not looked at.",
     )
+    forgets = "each key channel fades at a rate that the token chooses"
     layer = GLALayer
 
     expand_k: float = param(0.5, "width of all keys over the hidden size", gt=0)

@@ -76,4 +76,5 @@ class HGRN2(LinearMixer):
         "Of keys written twice the new value is recalled at 0.92 to 0.95; by linear attention at 0.54 to 0.56"
         " (3 seeds). Language modelling at scale was not looked at.",
     )
+    forgets = "each key channel fades at a rate that the token chooses, the slower the deeper the layer"
     layer = HGRN2Layer

@@ -38,6 +38,8 @@ class LearningMixer(Mixer):
 
     """
 
+    forgets = "a memory's weights decay by a gate of the token; what is learnt anew overwrites what it contradicts"
+
     heads: int | None = param(None, "heads; default: the model's", ge=1)
     depth: int = param(2, "layers of the memory; 1: a matrix", ge=1)
     expand: int = param(4, "width between the memory's layers over that of a head", ge=1)

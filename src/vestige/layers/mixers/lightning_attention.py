@@ -90,6 +90,7 @@ class LightningAttention(FixedDecayMixer):
         "keys written twice the new value is recalled at 0.91 to 0.95, by linear attention at 0.54 to 0.56 (3"
         " seeds).",
     )
+    forgets = "each head fades at a fixed rate"
     layer = LightningAttentionLayer
 
     rank: int = param(16, "rank of the output gate", ge=1)

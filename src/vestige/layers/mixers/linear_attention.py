@@ -69,6 +69,7 @@ class LinearAttention(LinearMixer):
         "With 24 tokens of noise between, four pairs are recalled at 1.00; by a sliding window that takes as "
         "many bytes at 0.38 to 0.47 (3 seeds).",
     )
+    forgets = "nothing on purpose; what is added later blurs what was there"
     layer = LinearAttentionLayer
 
     eps: float = param(1e-6, "added to the sum of the weights", gt=0)

@@ -129,6 +129,7 @@ class Lizard(AttentionMixer):
         equations="section 3: gated linear attention, anchor window with meta memory, and the two stages of training",
     )
     verdict = Verdict()
+    forgets = "what lies a window back is left to a state that fades by a gate of the token"
     layer = LizardLayer
 
     window: int = param(128, "tokens that softmax attention sees, the token itself included", ge=1)

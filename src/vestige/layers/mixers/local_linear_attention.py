@@ -59,7 +59,13 @@ class LocalLinearAttention(AttentionMixer):
         code="https://github.com/Yifei-Zuo/FlashLLA",
         equations="the local linear estimator of section 3 with its ridge, in centred form; its solver of section 4",
     )
-    verdict = Verdict()
+    verdict = Verdict(
+        "reproduced",
+        "Values that bend with their keys are told at new keys with 0.27 to 0.40 of the squared error of softmax "
+        "attention at its best sharpness from 64 keys, and 0.18 to 0.19 from 512 (3 seeds). Trained models were not "
+        "compared.",
+    )
+    forgets = "nothing is forgotten"
     layer = LocalLinearAttentionLayer
 
     qk_norm: bool = param(True, "whether queries and keys are RMS-normalised per head, so that the ridge has a scale")

@@ -98,6 +98,7 @@ class Mamba2(RecurrentMixer):
         "Of keys written twice the new value is recalled at 0.89 to 0.98; by linear attention at 0.52 to 0.59"
         " (3 seeds). Speed against the first Mamba was not looked at.",
     )
+    forgets = "each head fades by the time step that the token chooses"
     layer = Mamba2Layer
 
     expand: float = param(2.0, "width of all heads over the hidden size", gt=0)

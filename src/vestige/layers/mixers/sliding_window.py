@@ -54,6 +54,7 @@ class SlidingWindow(AttentionMixer):
         "Four pairs within the window are recalled as softmax attention recalls them (1.00); with noise "
         "between, so that they lie further back, 0.25. Its bytes do not grow with the text.",
     )
+    forgets = "what lies a window back is dropped"
     layer = SlidingWindowLayer
 
     window: int = param(256, "tokens that are seen, the token itself included", ge=1)

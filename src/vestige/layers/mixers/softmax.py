@@ -74,4 +74,5 @@ class Softmax(AttentionMixer):
         "at the same width, 0.42 to 0.44 (3 seeds).",
     )
     attends = True
+    forgets = "nothing is forgotten"
     layer = SoftmaxLayer

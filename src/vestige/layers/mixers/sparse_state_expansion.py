@@ -144,7 +144,12 @@ class SparseStateExpansion(LinearMixer):
         code="https://github.com/BICLab/SpikingBrain2.0",
         equations="equation 7 (row-sparse update), and the expansion into partitions that follows, with decays of GLA",
     )
-    verdict = Verdict()
+    verdict = Verdict(
+        "reproduced",
+        "Of 16 pairs 0.84 to 1.00 are recalled; by gated linear attention with keys of the same width 0.25 to 0.29 "
+        "(3 seeds). Language modelling at scale was not looked at.",
+    )
+    forgets = "rows that a token touches fade at rates that it chooses; the others stand"
     layer = SparseStateExpansionLayer
 
     partitions: int = param(4, "of the state, beside the shared one", ge=2)

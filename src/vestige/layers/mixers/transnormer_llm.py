@@ -77,6 +77,7 @@ class TransNormerLLM(FixedDecayMixer):
         "keys written twice the new value is recalled at 0.93 to 0.98, by linear attention at 0.54 to 0.56 (3"
         " seeds).",
     )
+    forgets = "each head fades at a fixed rate"
     layer = TransNormerLLMLayer
 
     lrpe: Literal["first", "all", "none"] = param("first", "which layers turn queries and keys by position")
