@@ -236,9 +236,12 @@ class KeptLayer(CacheLayerMixin):
         policy = self._ranking
         recent = per_row([policy.recent_tokens(budget) for budget in allowed], self.device)
         positions = self._positions(self.slots)
+        # Comparisons cost as much as the score itself in a decoding step: only those that can find something are made.
         rank = policy.score(self.entries)
-        rank = torch.where(positions >= per_row(real, self.device) - recent, torch.finfo(rank.dtype).max, rank)
-        return rank.masked_fill(positions < policy.sinks, float("inf")).masked_fill(positions == EMPTY, empty)
+        rank = rank.masked_fill(positions >= per_row(real, self.device) - recent, torch.finfo(rank.dtype).max)
+        if policy.sinks:
+            rank = rank.masked_fill(positions < policy.sinks, float("inf"))
+        return rank if self.valid() is None else rank.masked_fill(positions == EMPTY, empty)
 
     def _allowed(self, budgets: list[int], real: list[int]) -> list[int]:
         """What each row's heads may hold in this layer, where ``budgets`` is the mean of all layers."""
