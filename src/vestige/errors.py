@@ -8,6 +8,7 @@ catches a bad value as a ``ValueError``.
 from __future__ import annotations
 
 __all__ = [
+    "EngineError",
     "InputError",
     "LedgerError",
     "MissingPackageError",
@@ -43,6 +44,10 @@ class UnsupportedModelError(ModelError):
 
 class TrainingError(VestigeError, RuntimeError):
     """Training cannot go on, as with a loss that is no number; what was learnt up to there is kept."""
+
+
+class EngineError(VestigeError, RuntimeError):
+    """What runs the work, such as a Ray cluster, did not start or was lost."""
 
 
 class PatchError(VestigeError, RuntimeError):

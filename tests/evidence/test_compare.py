@@ -223,6 +223,34 @@ def test_what_is_wrong_is_named_with_its_line_and_nothing_is_written(
     assert not (tmp_path / "out").exists()
 
 
+def test_what_the_documentation_shows_is_right(tmp_path):
+    """The YAML in the page is that of the example, commands have the options that they are shown with."""
+    import inspect
+    import re
+    import shlex
+    from pathlib import Path
+
+    import yaml
+
+    root = Path(__file__).resolve().parents[2]
+    page, example = (root / "docs/compare.md").read_text(), root / "examples/compare-context.yaml"
+    (shown,) = re.findall(r"^```yaml\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    assert yaml.safe_load(shown) == yaml.safe_load(example.read_text())
+    chosen = read_spec(example)
+    assert len(chosen.methods) >= 7 and len(chosen.seeds) == 3
+    (tmp_path / "compare.yaml").write_text(GOOD.replace("0.9", "9.5"))
+    with pytest.raises(SpecError) as caught:
+        read_spec(tmp_path / "compare.yaml")
+    (told,) = re.findall(r"^vestige: (compare.yaml.*)$", page, re.MULTILINE)
+    assert str(caught.value) == str(tmp_path / told)
+    commands = re.findall(r"^vestige (.*?)(?: +#.*)?$", "".join(re.findall(r"```sh\n(.*?)```", page, re.DOTALL)), re.M)
+    assert len(commands) >= 8
+    for words in map(shlex.split, commands):
+        module = __import__(f"vestige.commands.{words[0]}", fromlist=["run"])
+        options = {f"--{name.replace('_', '-')}" for name in inspect.signature(module.run).parameters}
+        assert {word for word in words if word.startswith("--")} <= options, words
+
+
 def test_a_file_that_is_no_description_is_refused(tmp_path):
     path = tmp_path / "spec.yaml"
     for text, says in (("a: [1", "no YAML"), ("- 1", "holds no fields"), ("models: x\n", "'tasks' is missing")):
@@ -293,21 +321,21 @@ def test_on_ray_a_worker_is_killed_in_the_middle_and_nothing_is_lost(toy_folder,
     ray = pytest.importorskip("ray")
     import threading
 
-    settings = SMALL | {"seeds": list(range(6)), "examples": 4}
+    settings = SMALL | {"methods": ["h2o", "snapkv"], "budgets": 0.5, "seeds": list(range(12))}
     expected = compare(models=str(toy_folder), out=tmp_path / "local", progress=False, device="cpu", **settings)
     killed: list[int] = []
 
     def kill_one() -> None:
         import psutil
 
-        ledger = tmp_path / "ray" / "ledger.jsonl"
-        while not (ledger.exists() and ledger.read_bytes().count(b"\n") >= 3):
+        ledger, end = tmp_path / "ray" / "ledger.jsonl", time.monotonic() + 300
+        while time.monotonic() < end and not (ledger.exists() and ledger.read_bytes().count(b"\n") >= 3):
             time.sleep(0.01)
         workers = [p for p in psutil.Process().children(recursive=True) if "_Actor" in "".join(p.cmdline())]
         killed.append(workers[0].pid)
         workers[0].send_signal(signal.SIGKILL)
 
-    thread = threading.Thread(target=kill_one)
+    thread = threading.Thread(target=kill_one, daemon=True)
     thread.start()
     found = compare(
         models=str(toy_folder), out=tmp_path / "ray", progress=False, device="cpu", engine="ray", workers=2, **settings

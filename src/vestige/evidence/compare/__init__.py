@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vestige.core.ledger import Ledger
-from vestige.errors import InputError, LedgerError, ModelError, SpecError
+from vestige.errors import EngineError, InputError, ModelError, SpecError
 from vestige.evidence.engine.record import Record, progress_bar
 
 if TYPE_CHECKING:
@@ -277,7 +277,7 @@ def _lost(job: Job, reason: str, facts: Mapping[str, Facts]) -> list[dict[str, A
     """Rows of a job that no worker survived."""
     from vestige.evidence.compare.work import failed
 
-    error = LedgerError(reason)
+    error = EngineError(reason)
     return [failed(cell, job.way, facts[cell.model].given, error) for cell in job.cells]
 
 

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from vestige.errors import MissingPackageError, SpecError
+from vestige.errors import EngineError, MissingPackageError, SpecError
 from vestige.evidence.engine.engine import Done
 
 __all__ = ["RayEngine", "check_ray"]
@@ -53,6 +54,7 @@ class RayEngine:
 
     Raises:
         SpecError: Ray is not installed, or the cluster has no room for a single worker.
+        EngineError: Ray does not start.
     """
 
     def __init__(
@@ -69,7 +71,7 @@ class RayEngine:
         self.ray = ray
         self.started = not ray.is_initialized()
         if self.started:
-            ray.init(address=address, log_to_driver=False, include_dashboard=False, logging_level=logging.ERROR)
+            _start_ray(ray, address)
         room = _room(ray.cluster_resources(), gpus, cpus)
         if room < 1:
             has = {name: ray.cluster_resources().get(name, 0) for name in ("CPU", "GPU")}
@@ -125,6 +127,16 @@ class RayEngine:
         actor = self._actor.remote(self.make_worker)
         self._actors.append(actor)
         return actor
+
+
+def _start_ray(ray: Any, address: str | None) -> None:
+    # On a busy machine Ray's own agents need longer than the half minute that Ray gives them.
+    os.environ.setdefault("RAY_agent_register_timeout_ms", "120000")
+    try:
+        ray.init(address=address, log_to_driver=False, include_dashboard=False, logging_level=logging.ERROR)
+    except Exception as error:
+        where = f"at {address}" if address else "on this machine"
+        raise EngineError(f"Ray did not start {where}: {str(error).splitlines()[0]}") from error
 
 
 class _Actor:
