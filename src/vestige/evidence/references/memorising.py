@@ -112,8 +112,9 @@ def memorise(
     newton_schulz: int = 0,
     by_block: bool = False,
     features: Callable[[Tensor], Tensor] = lambda x: x,
+    still: range = range(0),
 ) -> Float[Tensor, "T dim"]:
-    """One head, one sequence."""
+    """One head, one sequence; the tokens of ``still`` ask, and teach nothing."""
 
     def weights_of(totals: Matrices) -> Matrices:
         return [retained(retention, A, q_norm, mass) for A in totals]
@@ -128,6 +129,9 @@ def memorise(
     A, S = list(start), [torch.zeros_like(w) for w in start]
     point, due, rows = weights_of(A), torch.zeros_like(alpha[0]), []
     for t in range(len(q)):
+        if t in still:
+            rows.append(answered(weights_of(A), features(q[t]), q[t], gain, residual))
+            continue
         found = [slopes(point, i) for i in range(max(0, t - window + 1), t + 1)]
         rates = theta[max(0, t - window + 1) : t + 1]
         total = [sum(r * g for r, g in zip(rates, layer, strict=True)) for layer in zip(*found, strict=True)]
