@@ -108,6 +108,20 @@ def opened(chromium, report, width, scheme):
     return chromium
 
 
+def test_the_ledger_of_an_audit_has_a_page_too(result, tmp_path):
+    from vestige.evidence.ledgers import read_ledgers
+    from vestige.evidence.points import points_of
+    from vestige.evidence.report.ledger_page import ledger_page
+
+    read = read_ledgers([result.folder])
+    titles = [section.title for section in ledger_page(read).sections]
+    assert titles == ["In short", "Quality against bytes", "Heads", "Every row"]
+    shares = {(p.method, p.budget): p.value for p in points_of(read.rows).all}
+    for row in result.retention.to_dict("records"):
+        budget = "" if row["policy"] == "full" else f"{row['budget']} entries"
+        assert shares[row["policy"], budget] == pytest.approx(row["found"])
+
+
 @pytest.mark.browser
 @pytest.mark.parametrize(("width", "scheme"), [(1200, "light"), (390, "dark")])
 def test_every_figure_is_drawn_within_the_page(result, chromium, width, scheme):

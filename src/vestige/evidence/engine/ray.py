@@ -89,6 +89,8 @@ class RayEngine:
             return self.ray.get(actor.call.remote(method, *arguments))
         except self.ray.exceptions.RayTaskError as error:
             raise error.cause from error
+        except self.ray.exceptions.RayError as error:
+            raise EngineError(f"the first of Ray's workers was lost: {str(error).splitlines()[0]}") from error
 
     def run(self, jobs: Iterable[Any]) -> Iterator[Done]:
         """Each job with its rows, when it is done. One whose worker dies is given to another."""

@@ -16,7 +16,8 @@ from vestige.evidence.engine.bench import now
 
 if TYPE_CHECKING:
     from vestige.context.cache import KeptCache
-    from vestige.context.policy import CachePolicy, Kept
+    from vestige.context.kept import Kept
+    from vestige.context.policy import CachePolicy
 
 __all__ = ["Reading", "read", "reading_groups"]
 

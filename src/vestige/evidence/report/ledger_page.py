@@ -347,11 +347,13 @@ def _headline(row: Row) -> tuple[str, float | None]:
     metrics = row["metrics"] if isinstance(row.get("metrics"), dict) else {}
     if "scored" in row:
         return row["scored"]["metric"], metrics.get(row["scored"]["metric"])
-    for name in ("found", "average", "recall"):
+    for name in _HEADLINES:
         if _is_number(metrics.get(name)):
-            return "accuracy", float(metrics[name])
-    first = next(((name, float(value)) for name, value in metrics.items() if _is_number(value)), None)
-    return first if first is not None else ("", None)
+            return name if name in ("perplexity", "loss") else "accuracy", float(metrics[name])
+    return "", None
+
+
+_HEADLINES = ("found", "average", "accuracy", "recall", "perplexity", "loss")  # of rows that are no comparison's
 
 
 def _method_name(row: Row) -> str:
