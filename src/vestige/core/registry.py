@@ -3,7 +3,7 @@
 A method registers by being defined, as every :class:`~vestige.core.spec.Spec` does. To list methods, or to find the
 module that defines one, nothing is imported: the files of the package are read, and the head of each class (docstring,
 ``name``, ``paper``, ``verdict``) is parsed. That keeps ``vestige methods`` fast, and means that a new file needs no
-entry anywhere. Tasks have a registry of their own (:mod:`vestige.evidence.tasks.registry`), which works in the same way.
+entry anywhere. Tasks have a registry of their own (:mod:`vestige.evidence.tasks.registry`), which works likewise.
 
 Third parties add methods through the entry point group ``vestige.methods``; an entry's name is the
 method's name, its value the class (or the module that defines it).

@@ -76,9 +76,8 @@ def linear(model: Any) -> dict[str, list[list[str]]]:
     names = {id(p): name for name, p in model.named_parameters()}
     found: dict[str, list[list[str]]] = {"mlp": [], "attention": []}
     for layer in Anatomy.of(model).layers:
-        maps = {"mlp": (layer.gate, layer.up, layer.down)}
-        maps["attention"] = (layer.query, layer.key, layer.value, layer.output)
-        for part, each in maps.items():
+        attention = (layer.query, layer.key, layer.value, layer.output)
+        for part, each in (("mlp", (layer.gate, layer.up, layer.down)), ("attention", attention)):
             found[part].append(list(dict.fromkeys(names[id(m.stored)] for m in each if m is not None)))
     return found
 

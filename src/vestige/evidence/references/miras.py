@@ -37,6 +37,6 @@ def mix(
     """Widths show in the weights."""
     gates = ["alpha", "theta"] + ["delta"] * (loss == "huber") + ["eta"] * (learning == "momentum")
     matrix = memory == "matrix"
-    choices = {"bias": loss, "power": p, "retention": keep, "q_norm": q}
-    layers = {"depth": 1 if matrix else depth, "residual": residual and not matrix}
+    choices: dict[str, Any] = {"bias": loss, "power": p, "retention": keep, "q_norm": q}
+    layers: dict[str, Any] = {"depth": 1 if matrix else depth, "residual": residual and not matrix}
     return mix_with(x, weights, place, gates=tuple(gates), **choices, **layers, **settings)

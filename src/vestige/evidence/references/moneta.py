@@ -22,5 +22,5 @@ def mix(
     x: Float[Tensor, "T hidden"], weights: Weights, place: Any, *, p: float, q: float, expand: int, **settings: Any
 ) -> Float[Tensor, "T hidden"]:
     """Widths show in the weights."""
-    choices = {"bias": "lp", "power": p, "retention": "q-norm", "q_norm": q}
+    choices: dict[str, Any] = {"bias": "lp", "power": p, "retention": "q-norm", "q_norm": q}
     return mix_with(x, weights, place, gates=("alpha", "theta"), **choices, **settings)
