@@ -10,7 +10,7 @@ from vestige.context.evict.a2sf import A2SF
 from vestige.context.evict.full import Full
 from vestige.context.evict.h2o import H2O
 from vestige.context.evict.streaming_llm import StreamingLLM
-from vestige.context.policy import Kept
+from vestige.context.kept import Kept
 from vestige.core.patch import Patch
 from vestige.evidence.certify import build_case, checks_of, perform
 from vestige.evidence.certify.caching import BUDGET, CacheCase, differences, feed, held_bytes, snapshot

@@ -417,7 +417,7 @@ class KeptLayer(CacheLayerMixin):
 class KeptCache(Cache):
     """A transformers cache whose layers hold only what ``policy`` keeps.
 
-    Made by :meth:`vestige.context.policy.Kept.new_cache`; pass it as ``past_key_values`` or let the attached
+    Made by :meth:`vestige.context.kept.Kept.new_cache`; pass it as ``past_key_values`` or let the attached
     model make its own. ``get_seq_length()`` counts the tokens seen, so position ids stay those of the text.
 
     Args:

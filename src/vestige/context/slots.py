@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from vestige.context.cache import EMPTY, KeptCache, KeptLayer
 
 if TYPE_CHECKING:
-    from vestige.context.policy import Evict, Kept
+    from vestige.context.kept import Kept
+    from vestige.context.policy import Evict
     from vestige.layers.ops.decode_triton import SlotTable
 
 __all__ = ["GraphedForward", "SlotStep"]

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from vestige.context.policy import Kept
+    from vestige.context.kept import Kept
 
 __all__ = ["HeadScores", "Probed", "RetrievalHeads", "copied_share", "recalled"]
 
