@@ -187,6 +187,17 @@ def test_iau_takes_no_step_that_hurts():
     assert all(torch.equal(value, before[name]) for name, value in state(model).items())
 
 
+def test_iau_steps_no_farther_than_its_target_asks():
+    sizes = {}
+    for target in (None, 0.5):
+        trace = IAU(step=0.05, tolerance=None, target=target).erase(model := vit(), **split())
+        sizes[target] = trace.report["step"]
+        rows = split()["forget"]
+        right = (model(pixel_values=rows.tensors[0]).logits.argmax(1) == 0).float().mean()
+        assert right <= 0.5 and trace.history[0]["forget_accuracy"] == pytest.approx(right.item())
+    assert sizes[0.5] < sizes[None] == 0.05
+
+
 def test_gs_lora_changes_feed_forward_maps_alone_and_leaves_no_adapter():
     model = vit()
     before, modules = state(model), {name: type(part) for name, part in model.named_modules()}

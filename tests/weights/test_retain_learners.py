@@ -231,3 +231,45 @@ def test_gere_on_text_leaves_padding_out():
         found.append(torch.cat(learner.codes))
         assert learner.codes[0].shape == (8, 32)
     assert (found[0] != found[1]).float().mean() < 0.01
+
+
+def test_own_answers_replace_the_given_ones_where_they_hold_them():
+    from vestige.evidence.certify import build_case
+    from vestige.evidence.claims import s3ft as small
+    from vestige.weights.retain import Experience
+    from vestige.weights.retain.stream import Rows
+
+    model = small.first_model(100)
+    known = small.facts(100)
+    rows = Rows([small.short(*fact) for fact in known], range(len(known)), 0, "input_ids")
+    method = vestige.method("s3ft", tokens=8, batch=5)
+    run = method.run_state()
+    case = build_case("s3ft")
+    on = Session(model, Stream.of([(rows.source, rows.source)]), case.args(), Collate(None))
+    run.start(on)
+    found = run.rows(on, Experience(0, "facts", rows, rows))
+    assert run.shares[0]["own"] > 0.5
+    for place, (subject, thing) in enumerate(known):
+        row = found[place]
+        said = row["labels"][row["labels"] != -100].tolist()
+        if place in run.answers:  # a sentence of its own that ends, and holds what was given
+            assert thing in said and said[-1] == small.END and len(said) > 2
+            assert row["input_ids"][:2].tolist() == [small.ASK, subject] and row["index"] == place
+        else:
+            assert said == [thing, small.END]
+    assert run.nbytes()["state_bytes"] == sum(a.nbytes for a in run.answers.values())
+    plain = Rows([{"input_ids": torch.arange(5), "labels": torch.arange(5)}], [0], 0, "input_ids")
+    with pytest.raises(InputError, match="question"):
+        run.rows(on, Experience(0, "texts", plain, plain))
+
+
+def test_judges_of_texts_and_of_tokens():
+    contains, exact = vestige.method("s3ft"), vestige.method("s3ft", judge="exact")
+    number = vestige.method("s3ft", judge="number", tokenizer="some")
+    assert contains.accepts("The capital is  Paris.", "paris", "") and not contains.accepts("Parisian", "Paris", "")
+    assert exact.accepts(" Paris ", "paris", "") and not exact.accepts("It is Paris", "Paris", "")
+    assert number.accepts("so 1,200 in all: 1,200.0", "= 1200", "") and not number.accepts("none", "3", "")
+    assert contains.accepts([7, 8, 9, 1], [8, 9, 1], []) and not contains.accepts([7, 8, 1], [8, 9, 1], [])
+    assert exact.accepts([8, 9, 1], [8, 9, 1], []) and not exact.accepts([7, 8, 9, 1], [8, 9, 1], [])
+    with pytest.raises(SpecError, match="number"):
+        vestige.method("s3ft", judge="number")

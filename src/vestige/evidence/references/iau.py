@@ -12,7 +12,7 @@ from vestige.evidence.references.erasing import Weights, gradient, mean
 
 __all__ = ["erase"]
 
-SMALL: dict[str, Any] = {"step": 1e-2, "tolerance": 0.25}
+SMALL: dict[str, Any] = {"step": 1e-2, "tolerance": 0.5, "target": 0.05}
 
 
 def erase(

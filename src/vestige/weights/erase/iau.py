@@ -24,7 +24,7 @@ class IAU(Eraser):
     Where the exact removal of an example needs the inverse Hessian, this learns an example with the opposite gradient.
     :func:`gradient_restriction`, added to the loss when the model is trained, keeps gradients small, so that the one
     step is nearer to the truth. The paper has no rule for the size of the step: here it shrinks by a tenth while the
-    held-out loss rises too far; gradients are computed once.
+    held-out loss rises too far, or more is forgotten than was asked for; gradients are computed once.
     """
 
     name = "iau"
@@ -47,6 +47,9 @@ class IAU(Eraser):
     tolerance: float | None = param(
         0.5, "nats by which the held-out loss may rise before the step shrinks; None for any", ge=0
     )
+    target: float | None = param(
+        None, "accuracy on the forget set that is low enough: the step shrinks to the smallest that does", ge=0, le=1
+    )
 
     def _apply(self, work: Work, patch: Patch, trace: Trace) -> None:
         direction = work.mean_gradient(work.forget)
@@ -68,6 +71,8 @@ class IAU(Eraser):
                 size, trace.stopped = 0.0, "over-forgetting"
                 break
             size, tries = size * SHRINK, tries + 1
+        if self.target is not None and size:
+            size, tries = self._enough(work, originals, direction, size, tries)
         trace.history = [{"step": 1, **work.scores()}]
         trace.report = {"step": size, "tries": tries, "rule": self.rule}
 
@@ -83,6 +88,20 @@ class IAU(Eraser):
             return work.score(work.held_out)[0] <= before + self.tolerance
         except TrainingError:  # so far that there is no loss
             return False
+
+    def _enough(
+        self, work: Work, originals: dict[str, Tensor], direction: dict[str, Tensor], size: float, tries: int
+    ) -> tuple[float, int]:
+        """The smallest step, of those that shrink by a tenth, after which no more than the target is left."""
+        assert self.target is not None
+        while tries < TRIES:
+            _move(work, originals, direction, size * SHRINK)
+            tries += 1
+            if work.score(work.forget)[1] > self.target:
+                break
+            size *= SHRINK
+        _move(work, originals, direction, size)
+        return size, tries
 
 
 @torch.no_grad()
