@@ -1,81 +1,186 @@
-"""What SmolLM2 still knows after its cache was cut: every evicting method and peer, into a ledger.
+"""What SmolLM2 still knows after its cache was cut: every method and peer, into a ledger.
 
     python benchmarks/context/quality.py --out benchmarks/context/quality.jsonl
 
 Three tasks at four lengths, three budgets, five seeds: a needle, a needle among others of its kind (both asked only
-after the cache is cut), and the perplexity of the next 256 tokens of a long text. Policies that read few entries
-while decoding answer token by token, all others in one pass over a cache that holds no more than the budget.
+after the cache is cut), and the perplexity of the next 256 tokens of a long text. One pass over a text serves all
+policies that read as the model does, at all budgets. Policies that read few entries while decoding answer token by
+token, all others in one piece. Plans by windows keep as much as the budgets on the mean over heads; those that round or
+thin out entries stand beside with the bytes they hold; bytes are counted as if keys and values had 16 bits.
+
+One row for each policy, budget, task, length and seed. Rows are kept as they come: an interrupted run goes on where it
+was, the shorter texts first.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 import vestige
+from vestige.context.cache import KeptCache
+from vestige.context.policy import CachePolicy
 from vestige.context.select.base import Select
 from vestige.core.ledger import Ledger
 from vestige.errors import SpecError
+from vestige.evidence.budgets import evicts
 from vestige.evidence.data.text import passages
-from vestige.evidence.tasks.needle import Needle, context_batch, recite
+from vestige.evidence.engine.reading import read, reading_groups
+from vestige.evidence.tasks.needle import Needle, NeedlePrompt, context_batch, recite
 
 SCORES = ("streaming-llm", "h2o", "a2sf", "snapkv", "tova", "knorm", "expected-attention")
+PLANS = (("pyramid", "snapkv"), ("adaptive", "snapkv"), ("adaptive", "a2sf"))
 READERS = ("recycled-attention", "tidal-decode", "longheads")
 SHARES = (0.5, 0.25, 0.1)
+TASKS = ("needle", "perplexity", "multi-key needle")
 DEPTHS = (0.1, 0.5, 0.9)
+DISTRACTORS = 6
 CONTINUATION = 256
 
 
-def policies(budget: int) -> Iterator[vestige.Method]:
-    """Every method at a budget in tokens; one that asks for more is left out, and said to be."""
-    plans = [(plan, name) for plan in ("pyramid", "adaptive") for name in ("snapkv", "a2sf")]
-    for plan, name in [(None, name) for name in (*SCORES, *READERS)] + plans:
-        try:
-            policy = vestige.method(name, budget=budget)
-            yield policy if plan is None else vestige.method(plan, policy=policy)
-        except SpecError as error:
-            print(f"left out: {error}")
+@dataclass(frozen=True)
+class Contender:
+    """A policy and what it is called; ``budget`` is what it may keep or read of each text, ``None`` for all."""
+
+    name: str
+    policy: CachePolicy
+    budget: int | None = None
+
+    def key(self, task: str, length: int, seed: int) -> str:
+        return f"{self.name} {self.budget or length} {task} {length} {seed}"
 
 
-def label(policy: vestige.Method) -> str:
-    inner = getattr(policy, "policy", None)
-    return policy.name if inner is None else f"{policy.name}({inner.name})"
+def contenders(length: int, alone: bool) -> Iterator[Contender]:
+    """Methods at every budget, and those that need a pass ``alone`` at one; one that asks for more than the budget is
+    left out, and said to be."""
+    yield Contender("full", vestige.method("full"))
+    for share in SHARES:
+        budget = int(share * length)
+        for name in SCORES:
+            yield from _possible(name, budget, name, budget=budget)
+        for plan, name in PLANS:
+            yield from _possible(f"{plan}({name})", budget, plan, policy={"name": name, "budget": budget})
+        # Heads that keep all take four fifths of the budget, the near sight of the others the rest.
+        whole, near = 0.8 * share, int(0.2 * share / (1 - 0.8 * share) * length)
+        yield from _possible("duo-attention", budget, "duo-attention", share=whole, sinks=4, recent=near - 4)
+        shares = {"induction_share": 0.9 * whole, "echo_share": 0.1 * whole}
+        yield from _possible(
+            "razor-attention", budget, "razor-attention", **shares, sinks=4, recent=near - 4, compression=1e6
+        )
+        if share == 0.5:  # rules are chosen for a density
+            yield from _possible("moa", budget, "moa", density=share)
+    if not alone:
+        return
+    half = length // 2
+    yield from _possible("think(snapkv)", half, "think", policy={"name": "snapkv", "budget": half}, ratio=0.5)
+    for name in READERS:
+        chunk = {"chunk": half // 8} if name == "longheads" else {}
+        yield from _possible(name, half, name, budget=half, **chunk)
+    for bits in (4, 2):
+        yield Contender(f"quantised-cache, {bits} bits", vestige.method("quantised-cache", bits=bits))
+    yield Contender("act", vestige.method("act"))
 
 
-def open_cache(model, kept, policy, ids, budget):
-    """A cache that has read ``ids`` and holds, or will read, what the budget allows."""
-    model(ids, use_cache=True, logits_to_keep=1)
-    return kept.cache.fork() if isinstance(policy, Select) else kept.cache
+def _possible(label: str, limit: int, method: str, **parameters: Any) -> Iterator[Contender]:
+    try:
+        yield Contender(label, vestige.method(method, **parameters), limit)
+    except SpecError as error:
+        print(f"left out: {error}")
 
 
-def answer_in_steps(model, prompts, cache) -> list[float]:
-    """Share of prompts whose answer comes out, fed token by token: policies that act while decoding do act."""
+def needles(task: str, length: int, seed: int) -> list[Needle]:
+    """The needles of a seed, one at each depth."""
+    lures = DISTRACTORS if task == "multi-key needle" else 0
+    return [Needle(length=length, depth=depth, seed=seed, distractors=lures) for depth in DEPTHS]
+
+
+def sixteen_bit_bytes(cache: KeptCache) -> int:
+    """Bytes held, keys and values at full width counted with two bytes for each number."""
+    total = 0
+    for layer in cache.layers:
+        for name, tensor in layer.tensors().items():
+            of_model = name.split(" ")[0] in ("keys", "values") and tensor.dtype == layer.dtype
+            total += tensor.numel() * (2 if of_model else tensor.element_size())
+    return total
+
+
+def answer_in_steps(model: Any, prompts: list[NeedlePrompt], cache: KeptCache) -> list[bool]:
+    """Whether the answers come out, fed token by token: policies that act while decoding do act."""
     found = []
     for row, prompt in enumerate(prompts):
-        mine = cache.fork()
+        mine, said = cache.fork(), []
         mine.batch_select_indices(torch.tensor([row], device=model.device))
-        said = []
-        line = prompt.question_ids + prompt.answer_ids[:-1]
-        for token in line:
-            ids = torch.tensor([[token]], device=model.device)
-            said.append(int(model(ids, past_key_values=mine, use_cache=True).logits[0, -1].argmax()))
-        found.append(float(tuple(said[len(prompt.question_ids) - 1 :]) == prompt.answer_ids))
+        for token in prompt.question_ids + prompt.answer_ids[:-1]:
+            logits = model(torch.tensor([[token]], device=model.device), past_key_values=mine, use_cache=True).logits
+            said.append(int(logits[0, -1].argmax()))
+        found.append(tuple(said[len(prompt.question_ids) - 1 :]) == prompt.answer_ids)
     return found
 
 
-def perplexity(model, ids, cache, steps: bool) -> list[float]:
-    """Of the continuation, per row."""
-    inputs = ids[:, -CONTINUATION - 1 : -1]
-    if steps:
-        outs = [model(inputs[:, i : i + 1], past_key_values=cache, use_cache=True).logits for i in range(64)]
-        logits, targets = torch.cat(outs, 1), ids[:, -CONTINUATION : -CONTINUATION + 64]
-    else:
-        logits, targets = model(inputs, past_key_values=cache, use_cache=True).logits, ids[:, -CONTINUATION:]
-    loss = torch.nn.functional.cross_entropy(logits.float().transpose(1, 2), targets, reduction="none")
-    return loss.mean(1).exp().tolist()
+def perplexity(model: Any, ids: torch.Tensor, cache: KeptCache) -> float:
+    """Of the continuation."""
+    logits = model(ids[:, -CONTINUATION - 1 : -1], past_key_values=cache, use_cache=True).logits
+    return float(torch.nn.functional.cross_entropy(logits[0].float(), ids[0, -CONTINUATION:]).exp())
+
+
+class Grid:
+    """Measures what a ledger lacks of one task, length and seed after the other."""
+
+    def __init__(self, model: Any, tokenizer: Any, ledger: Ledger) -> None:
+        self.model, self.tokenizer, self.ledger = model, tokenizer, ledger
+
+    def measure(self, contenders: list[Contender], task: str, length: int, seed: int) -> None:
+        missing = [one for one in contenders if not self.ledger.has(one.key(task, length, seed))]
+        if task == "perplexity":  # what reads few entries while decoding reads a chunk as the model does
+            missing = [one for one in missing if not isinstance(one.policy, Select)]
+        if not missing:
+            return
+        if task == "perplexity":
+            prompts, text = [], passages(self.tokenizer, length + CONTINUATION, (seed,)).to(self.model.device)
+            ids = text[:, : -CONTINUATION - 1]
+        else:
+            prompts, text = [needle.build(self.tokenizer) for needle in needles(task, length, seed)], None
+            ids = context_batch(prompts, self.model.device)
+        by_policy: dict[CachePolicy, list[Contender]] = {}
+        for one in missing:  # what differs by its budget alone shares a pass
+            once = one.policy.replace(when="prefill") if hasattr(one.policy, "when") else one.policy
+            by_policy.setdefault(once.with_budget(1.0) if evicts(once) else once, []).append(one)
+        for group in reading_groups(by_policy):
+            with read(self.model, group, ids) as reading:
+                for place, one in itertools.chain.from_iterable(
+                    ((place, one) for one in by_policy[policy]) for place, policy in enumerate(group)
+                ):
+                    cache = reading.cache(place, one.budget if evicts(one.policy) else None)
+                    held = sixteen_bit_bytes(cache) // len(ids)
+                    if text is not None:
+                        score = perplexity(self.model, text, cache)
+                    elif isinstance(one.policy, Select):
+                        score = sum(answer_in_steps(self.model, prompts, cache)) / len(prompts)
+                    else:
+                        score = sum(recital.found for recital in recite(self.model, prompts, cache)) / len(prompts)
+                    self._store(one, task, length, seed, held, score)
+
+    def _store(self, one: Contender, task: str, length: int, seed: int, held: int, score: float) -> None:
+        place = {} if task == "perplexity" else {"depths": DEPTHS}
+        self.ledger.append(
+            {
+                "study": "quality",
+                "method": one.policy.spec(),
+                "model": "smollm2",
+                "task": {"name": task, "length": length, **place},
+                "seed": seed,
+                "metrics": {"policy": one.name, "budget": one.budget or length, "score": score},
+                "kv_bytes": held,
+            },
+            key=one.key(task, length, seed),
+        )
+        print(f"{length:5} {seed} {task:17} {one.name:26} {one.budget or length:5} {score:.3f}", flush=True)
 
 
 @torch.inference_mode()
@@ -83,75 +188,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--lengths", type=int, nargs="*", default=[512, 1024, 2048, 4096])
+    parser.add_argument("--tasks", nargs="*", default=TASKS, choices=TASKS)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--steps", action="store_true", help="also the policies that read few entries (slow)")
+    parser.add_argument("--alone", action="store_true", help="also the methods that need a pass of their own")
     args = parser.parse_args()
-    model, tokenizer = vestige.models.load(device=args.device)
-    ledger = Ledger(args.out)
+    model, tokenizer = vestige.models.load(device=args.device, dtype="float32")
+    grid = Grid(model, tokenizer, Ledger(args.out))
     for length in args.lengths:
-        seeds = range(args.seeds)
-        places = [(k, seed, depth) for k in (0, 6) for seed in seeds for depth in DEPTHS]
-        needles = [Needle(length=length, depth=depth, seed=seed, distractors=k) for k, seed, depth in places]
-        prompts = [needle.build(tokenizer) for needle in needles]
-        half = len(prompts) // 2
-        text = passages(tokenizer, length + CONTINUATION, tuple(range(args.seeds))).to(model.device)
-        budgets = [("full", vestige.method("full"), length)]
-        for share in SHARES:
-            budget = int(share * length)
-            for policy in policies(budget):
-                budgets.append((label(policy), policy, budget))
-        for name, policy, budget in budgets:
-            steps = isinstance(policy, Select)
-            if steps and not args.steps:
-                continue
-            for task, some in (("needle", prompts[:half]), ("multi-key needle", prompts[half:])):
-                key = f"{name} {budget} {task} {length}"
-                if ledger.has(key):
-                    continue
-                with _once(policy).attach(model, graph=False) as kept:
-                    cache = open_cache(model, kept, policy, context_batch(some, model.device), budget)
-                    held = cache.nbytes // len(some)
-                    if steps:
-                        found = answer_in_steps(model, some, cache)
-                    else:
-                        cache.frozen = True
-                        found = [float(recital.found) for recital in recite(model, some, cache)]
-                size = len(DEPTHS)
-                by_seed = [sum(found[seed * size : (seed + 1) * size]) / size for seed in seeds]
-                _store(ledger, key, policy, name, task, length, budget, held, by_seed)
-            key = f"{name} {budget} perplexity {length}"
-            if ledger.has(key):
-                continue
-            with _once(policy).attach(model, graph=False) as kept:
-                cache = open_cache(model, kept, policy, text[:, : -CONTINUATION - 1], budget)
-                held = cache.nbytes // len(text)
-                cache.frozen = not steps
-                values = perplexity(model, text, cache, steps)
-            _store(ledger, key, policy, name, "perplexity", length, budget, held, values)
-        print(length, "done", flush=True)
-
-
-def _once(policy: vestige.Method) -> vestige.Method:
-    """The policy, with a drop at the end of the prompt alone where it has a schedule."""
-    return policy.replace(when="prefill") if hasattr(policy, "when") else policy
-
-
-def _store(ledger, key, policy, name, task, length, budget, held, by_seed) -> None:
-    score = sum(by_seed) / len(by_seed)
-    ledger.append(
-        {
-            "study": "quality",
-            "method": policy.spec(),
-            "model": "smollm2",
-            "task": {"name": task, "length": length},
-            "seed": len(by_seed),
-            "metrics": {"policy": name, "budget": budget, "score": score, "by_seed": by_seed},
-            "kv_bytes": held,
-        },
-        key=key,
-    )
-    print(f"{length:5} {name:28} {budget:5} {task:17} {score:.3f}", flush=True)
+        possible = list(contenders(length, args.alone))
+        for task, seed in itertools.product(args.tasks, range(args.seeds)):
+            grid.measure(possible, task, length, seed)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vestige.context.cache import KeptCache, KeptLayer, Step
 from vestige.context.policy import Evict
-from vestige.core.method import Paper, param
+from vestige.core.method import Paper, Verdict, param
 from vestige.errors import InputError, SpecError
 
 __all__ = ["LazyEviction"]
@@ -44,6 +44,13 @@ class LazyEviction(Evict):
         venue="ACL 2026",
         code="https://github.com/Halo-949/LazyEviction",
         equations="recurrence interval tracking, lagged eviction, and the score centred on the maximum interval",
+    )
+    verdict = Verdict(
+        "reproduced",
+        "One head, 32 entries, a window of 16, some entries looked at every 6 to 15 steps: of the times that "
+        "such an entry is looked at again it is still held in 61 to 76%, under TOVA with the same lag in 9 to"
+        " 12%, in a plain window never. On a language model nothing was measured. Prompts are not cut, so "
+        "that what they hold is lost only once decoding has passed the budget",
     )
 
     activity: float = param(1e-4, "attention weight from which on an entry counts as active", gt=0, lt=1)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from vestige.context.plan.sharing import Sharing, apportion
 from vestige.context.policy import CachePolicy
-from vestige.core.method import Paper, param
+from vestige.core.method import Paper, Verdict, param
 from vestige.errors import SpecError
 
 __all__ = ["Adaptive"]
@@ -36,6 +36,13 @@ class Adaptive(Sharing):
         venue="NeurIPS 2025",
         code="https://github.com/FFY0/AdaKV",
         equations="Algorithm 1 (budget allocation), with the safeguard of Algorithm 2; the score is that of `policy`",
+    )
+    verdict = Verdict(
+        "reproduced",
+        "SmolLM2, 256 tokens cut to a mean of 40 with SnapKV's votes (window of 16): what is kept gets 74.0% "
+        "of the attention of later tokens, with equal budgets 73.3%; 0.40 nats from the whole cache's "
+        "predictions, with equal ones 0.42. A small gain, in each of three passages. A needle is found where "
+        "equal budgets find it: the score decides, not how many each head may keep",
     )
 
     safeguard: float = param(0.2, "share of the budget that all heads get alike; 1 is a uniform budget", ge=0, le=1)

@@ -1,0 +1,155 @@
+"""Draw the figures of docs/choosing.md from the results beside this script.
+
+    python benchmarks/context/figures.py            # into docs/figures
+
+Plain SVG, readable on light and dark pages; every number in them stands in the JSON files.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from html import escape
+from pathlib import Path
+from statistics import mean
+
+HERE = Path(__file__).parent
+OUT = HERE.parents[1] / "docs" / "figures"
+LENGTH = 512
+KEEP_ALL = ("recycled-attention", "tidal-decode", "longheads")  # what reads few entries and holds all is not drawn
+
+# What stands out; everything else is drawn in grey and named in the caption.
+COLOURS = {
+    "duo-attention": "#0f766e",
+    "razor-attention": "#65a30d",
+    "moa": "#0891b2",
+    "streaming-llm": "#d97706",
+    "h2o": "#dc2626",
+    "a2sf": "#c026d3",
+    "snapkv": "#7c3aed",
+    "expected-attention": "#2563eb",
+    "quantised-cache": "#db2777",
+}
+STYLE = """
+  text { font: 13px system-ui, sans-serif; fill: #1f2937 }
+  .small { font-size: 11.5px } .title { font-weight: 600 }
+  .axis { stroke: #6b7280; stroke-width: 1 } .grid { stroke: #9ca3af; stroke-opacity: .3 }
+  .grey { stroke: #9ca3af; fill: none } .greydot { fill: #9ca3af } .bar { fill: #0f766e } .peer { fill: #9ca3af }
+  .floor { stroke: #dc2626; stroke-width: 2 }
+  @media (prefers-color-scheme: dark) { text { fill: #e5e7eb } .axis { stroke: #9ca3af } }
+"""
+
+
+def svg(width: int, height: int, parts: list[str], title: str) -> str:
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img">'
+    return "\n".join([head, f"<title>{escape(title)}</title>", f"<style>{STYLE}</style>", *parts, "</svg>"]) + "\n"
+
+
+def text(x: float, y: float, words: str, cls: str = "", anchor: str = "start", fill: str = "") -> str:
+    style = f' style="fill:{fill}"' if fill else ""
+    return f'<text x="{x:.1f}" y="{y:.1f}" class="{cls}" text-anchor="{anchor}"{style}>{escape(words)}</text>'
+
+
+def quality() -> dict[str, dict[str, list[tuple[float, float]]]]:
+    """By task and policy: share of the full cache's bytes, and the mean score over the seeds, by rising bytes."""
+    rows = [json.loads(line) for line in (HERE / "quality.jsonl").read_text().splitlines()]
+    cells: dict[tuple[str, str, int], list[tuple[int, float]]] = defaultdict(list)
+    for row in rows:
+        metrics = row["metrics"]
+        if row["task"]["length"] == LENGTH and metrics["policy"] not in KEEP_ALL:
+            cells[row["task"]["name"], metrics["policy"], metrics["budget"]].append((row["kv_bytes"], metrics["score"]))
+    whole = {task: mean(held for held, _ in cells[task, "full", LENGTH]) for task in ("needle", "perplexity")}
+    curves: dict[str, dict[str, list[tuple[float, float]]]] = {task: defaultdict(list) for task in whole}
+    for (task, policy, _), seen in cells.items():
+        if task in whole:
+            point = (mean(held for held, _ in seen) / whole[task], mean(score for _, score in seen))
+            curves[task][policy.split(",")[0]].append(point)
+    return {task: {policy: sorted(points) for policy, points in found.items()} for task, found in curves.items()}
+
+
+def panel(
+    curves: dict[str, list[tuple[float, float]]], left: float, title: str, low: float, high: float, ticks: list[float]
+) -> list[str]:
+    top, bottom, width = 46.0, 330.0, 330.0
+
+    def x(share: float) -> float:
+        return left + width * share / 1.1
+
+    def y(value: float) -> float:
+        return bottom - (bottom - top) * (value - low) / (high - low)
+
+    parts = [text(left, 22, title, "title")]
+    for tick in ticks:
+        parts.append(f'<line class="grid" x1="{left}" x2="{left + width}" y1="{y(tick):.1f}" y2="{y(tick):.1f}"/>')
+        parts.append(text(left - 8, y(tick) + 4, f"{tick:g}", "small", "end"))
+    for share in (0.1, 0.25, 0.5, 0.75, 1.0):
+        parts.append(text(x(share), bottom + 18, f"{share:.0%}", "small", "middle"))
+    parts.append(f'<line class="axis" x1="{left}" x2="{left + width}" y1="{bottom}" y2="{bottom}"/>')
+    parts.append(text(left + width / 2, bottom + 38, "bytes held, of the full cache", "small", "middle"))
+    whole = curves["full"][0][1]
+    parts.append(f'<line class="axis" stroke-dasharray="4 4" x1="{left}" x2="{left + width}" y1="{y(whole):.1f}" '
+                 f'y2="{y(whole):.1f}"/>')  # fmt: skip
+    for policy in sorted(curves, key=lambda name: name in COLOURS):
+        colour = COLOURS.get(policy)
+        line = " ".join(f"{x(share):.1f},{y(score):.1f}" for share, score in curves[policy])
+        drawn = f'style="stroke:{colour};fill:none;stroke-width:2"' if colour else 'class="grey"'
+        parts.append(f'<polyline {drawn} points="{line}"><title>{escape(policy)}</title></polyline>')
+        for share, score in curves[policy]:
+            dot = f'style="fill:{colour}"' if colour else 'class="greydot"'
+            hint = f"<title>{escape(policy)}: {score:.2f} at {share:.0%}</title>"
+            parts.append(f'<circle {dot} cx="{x(share):.1f}" cy="{y(score):.1f}" r="3.5">{hint}</circle>')
+    return parts
+
+
+def quality_figure() -> str:
+    curves = quality()
+    parts = panel(curves["needle"], 50, "Needles found, question unknown", 0.0, 1.05, [0, 0.25, 0.5, 0.75, 1])
+    parts += panel(curves["perplexity"], 450, "Perplexity of the next 256 tokens", 10.5, 17.5, [11, 13, 15, 17])
+    drawn = [policy for policy in COLOURS if any(policy in found for found in curves.values())]
+    across = 5
+    for number, policy in enumerate([*drawn, "others"]):
+        column, row = number % across, number // across
+        left, base = 50 + column * 152, 396 + row * 22
+        mark = f'style="fill:{COLOURS[policy]}"' if policy in COLOURS else 'class="greydot"'
+        parts.append(f'<circle {mark} cx="{left}" cy="{base - 4}" r="5"/>')
+        parts.append(text(left + 11, base, policy, "small"))
+    return svg(800, 430, parts, "Quality against bytes held, SmolLM2, 512 tokens")
+
+
+def decode_figure() -> str:
+    result = json.loads((HERE / "decode.json").read_text())
+    rows = [row for row in result["rows"] if row["batch"] in (1, 12)]
+    longest = max(row["ms"] for row in rows if row["batch"] == 1)
+    parts = [text(10, 22, "Milliseconds a decoding step, 32,768 tokens of context", "title")]
+    at = 50.0
+    for batch in (1, 12):
+        chosen = [row for row in rows if row["batch"] == batch]
+        longest = max(row["ms"] for row in chosen)
+        parts.append(text(10, at, f"batch {batch}", "small title"))
+        at += 10
+        for row in chosen:
+            wide = 420 * row["ms"] / longest
+            floor = 300 + 420 * row["floor_ms"] / longest
+            cls = "peer" if row["what"].startswith("compiled static") else "bar"
+            parts.append(text(290, at + 14, f"{row['what']}, {row['held']:,} entries", "small", "end"))
+            parts.append(f'<rect class="{cls}" x="300" y="{at:.0f}" width="{wide:.1f}" height="18" rx="2"/>')
+            parts.append(
+                f'<line class="floor" x1="{floor:.1f}" x2="{floor:.1f}" y1="{at - 2:.0f}" y2="{at + 20:.0f}"/>'
+            )
+            parts.append(text(306 + wide, at + 14, f"{row['ms']:.1f}", "small"))
+            at += 26
+        at += 22
+    note = "Red: the time that the bytes alone need (weights and kept cache over the measured copy bandwidth)."
+    parts.append(text(10, at, note, "small"))
+    return svg(800, int(at + 14), parts, "Milliseconds a decoding step")
+
+
+def main() -> None:
+    OUT.mkdir(exist_ok=True)
+    for name, draw in (("quality.svg", quality_figure), ("decode.svg", decode_figure)):
+        (OUT / name).write_text(draw(), encoding="utf-8")
+        print(OUT / name)
+
+
+if __name__ == "__main__":
+    main()
