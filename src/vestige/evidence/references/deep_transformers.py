@@ -18,7 +18,7 @@ SMALL = {"refresh": 4, "window": 2}
 
 
 def mix(
-    x: Float[Tensor, "T hidden"], weights: Weights, place: Any, *, expand: int, **settings: Any
+    x: Float[Tensor, "T hidden"], weights: Weights, place: Any, *, expand: int, sharpness: float, **settings: Any
 ) -> Float[Tensor, "T hidden"]:
     """Widths show in the weights."""
     return mix_with(x, weights, place, gates=("alpha", "theta"), bias="dot", **settings)

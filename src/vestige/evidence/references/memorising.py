@@ -9,7 +9,10 @@ where :math:`W_b` are the weights at the beginning of the block of ``refresh`` t
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Callable
+from itertools import combinations_with_replacement
 from typing import Any
 
 import torch
@@ -70,23 +73,18 @@ def muon(matrix: Tensor, iterations: int) -> Tensor:
 
 
 def monomials(x: Float[Tensor, " dim"], feature: str, degree: int, scale: Tensor | None) -> Float[Tensor, " features"]:
-    """Features of a key: products of its channels, each times a factor for their number."""
+    """Features of a key: products of its channels, each times a factor for their number, and by the root of the number
+    of ways to write it down, so that features multiply to powers of the keys' product."""
     if feature == "none" or scale is None:
         return x
     if feature == "powers":
         return torch.cat([scale[power] * x**power for power in range(1, degree + 1)])
-    found = []
-
-    def extend(product: Tensor, first: int, left: int, used: int) -> None:
-        if left == 0:
-            found.append(product * scale[used])
-            return
-        for channel in range(first, len(x)):
-            extend(product * x[channel], channel, left - 1, used + 1)
-        found.append(product * scale[used])  # the rest are ones
-
-    extend(torch.ones_like(x[0]), 0, degree, 0)
-    return torch.stack(found)
+    chosen, factors = list(combinations_with_replacement(range(len(x) + 1), degree)), []
+    for channels in chosen:
+        counts = Counter(channel for channel in channels if channel < len(x))  # the last stands for a one
+        ways = math.factorial(counts.total()) / math.prod(math.factorial(n) for n in counts.values())
+        factors.append(math.sqrt(ways) * scale[counts.total()])
+    return torch.cat([x, torch.ones_like(x[:1])])[torch.tensor(chosen)].prod(1) * torch.stack(factors)
 
 
 def memorise(

@@ -64,7 +64,12 @@ class Atlas(OmegaMixer):
         arxiv="2505.23735",
         equations="sections 3.1 (features), 3.2 (the Omega rule), 4.2 (Muon); signs as in appendix D; gates per head",
     )
-    verdict = Verdict("not yet checked", "")
+    verdict = Verdict(
+        "reproduced",
+        "Where all keys share a direction, Muon leaves an error of 0.69 to 0.71, plain steps 0.92 to 1.02"
+        " (3 seeds, untrained). In the paper's own ablation the language model is better without Muon; "
+        "that was not looked at.",
+    )
     layer = AtlasLayer
 
     muon: int = param(5, "iterations that make a step as large in every direction; 0: a plain step", ge=0)

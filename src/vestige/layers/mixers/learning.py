@@ -54,6 +54,10 @@ class LearningMixer(Mixer):
         """What each token and head says of the rule: names of :class:`~vestige.layers.ops.learning.engine.Lesson`."""
         return ("decay", "rate")
 
+    def scales(self, degree: int) -> list[float]:
+        """What features of each order, from none to the highest, begin to be multiplied with."""
+        return [1 / math.factorial(order) for order in range(degree + 1)]
+
     @abstractmethod
     def rule(self) -> Rule:
         """What kind of memory it is, and how it learns."""
@@ -114,8 +118,7 @@ class LearningLayer(RecurrentLayer):
         if self.memory_norm is not None:
             init.ones_(self.memory_norm)
         if self.feature_scale is not None:
-            size = [1 / math.factorial(power) for power in range(self.rule.degree + 1)]
-            init.copy_(self.feature_scale, torch.tensor(size).to(self.feature_scale))
+            init.copy_(self.feature_scale, torch.tensor(self.mixer.scales(self.rule.degree)).to(self.feature_scale))
 
     def project(self, x: Tensor, layout: Layout, memory: Memory) -> Lesson:
         parts = torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], -1)

@@ -57,7 +57,11 @@ class Miras(MirasMixer):
         arxiv="2504.13173",
         equations="sections 3 to 5; gates per head and token, where the paper has them per channel",
     )
-    verdict = Verdict("not yet checked", "")
+    verdict = Verdict(
+        "reproduced",
+        "Moneta, Yaad, Memora and Titans come out of its four choices to the last digit, and each choice "
+        "changes the answers. Which choice is best at scale was not looked at.",
+    )
     layer = MirasLayer
 
     memory: Literal["perceptron", "matrix"] = param("perceptron", "what learns")

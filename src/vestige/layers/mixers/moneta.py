@@ -28,7 +28,11 @@ class Moneta(MirasMixer):
         arxiv="2504.13173",
         equations="section 5.3, equations 24 and 25; gates per head and token, where the paper has them per channel",
     )
-    verdict = Verdict("not yet checked", "")
+    verdict = Verdict(
+        "reproduced",
+        "Told 16 pairs three times, the largest error of a channel is 0.40 to 0.50; with squares in place"
+        " of cubes 0.47 to 0.59 (3 seeds, untrained). Language modelling at scale was not looked at.",
+    )
     layer = MonetaLayer
 
     p: float = param(3.0, "power of the errors", ge=1)

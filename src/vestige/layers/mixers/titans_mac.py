@@ -116,7 +116,11 @@ class TitansMAC(TitansBeside):
         arxiv="2501.00663",
         equations="section 4.1, equations 21 to 25; the memory's are 8 to 15",
     )
-    verdict = Verdict("not yet checked", "")
+    verdict = Verdict(
+        "not checkable here",
+        "Its quality shows in language models of billions of tokens. Seen: what stands four segments back"
+        " changes its output by 0.07 to 0.45 of its size; that of a sliding window not at all (3 seeds).",
+    )
     layer = TitansMACLayer
 
     refresh: int = param(32, "tokens per segment; slopes are taken at the memory's weights at its beginning", ge=1)

@@ -52,7 +52,11 @@ class TitansMAG(TitansBeside, ConvolvedMixer):
         arxiv="2501.00663",
         equations="section 4.2, equations 26 to 28; the memory's are 8 to 15",
     )
-    verdict = Verdict("not yet checked", "")
+    verdict = Verdict(
+        "not checkable here",
+        "Its quality shows in language models of billions of tokens. Seen: what stands four windows back "
+        "changes its output by 0.11 to 0.47 of its size; that of a sliding window not at all (3 seeds).",
+    )
     layer = TitansMAGLayer
 
     window: int = param(256, "tokens that attention sees, the token itself included", ge=1)

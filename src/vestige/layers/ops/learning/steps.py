@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-__all__ = ["FeatureName", "features", "features_of", "newton_schulz", "width_of"]
+__all__ = ["FeatureName", "Features", "newton_schulz", "width_of"]
 
 QUINTIC = (3.4445, -4.7750, 2.0315)
 FeatureName = Literal["none", "powers", "polynomial"]
@@ -32,38 +33,45 @@ def newton_schulz(
     return x.mT if tall else x
 
 
-def features(name: FeatureName, dim: int, degree: int) -> Tensor:
-    """Which channels each feature is the product of, ``(features, degree)``; ``dim`` stands for a one.
+@dataclass(frozen=True)
+class Features:
+    """Products of channels.
 
-    ``polynomial``: every product of up to ``degree`` channels, once; ``powers``: powers of single channels.
+    Attributes:
+        which: ``(features, degree)`` the channels that are multiplied; the number of channels stands for a one.
+        order: ``(features,)`` how many they are.
+        weight: ``(features,)`` the root of the number of ways to order them, so that the features of two vectors of one
+            order multiply to a power of the vectors' product.
     """
-    if name == "none":
-        return torch.arange(dim)[:, None]
-    if name == "powers":
-        rows = [
-            [channel] * power + [dim] * (degree - power) for power in range(1, degree + 1) for channel in range(dim)
-        ]
-        return torch.tensor(rows)
-    return torch.combinations(torch.arange(dim + 1), degree, with_replacement=True)
+
+    which: Tensor
+    order: Tensor
+    weight: Tensor
+
+    @classmethod
+    def of(cls, name: FeatureName, dim: int, degree: int, like: Tensor) -> Features | None:
+        """``polynomial``: every product of up to ``degree`` channels, once; ``powers``: powers of single channels."""
+        if name == "none":
+            return None
+        if name == "powers":
+            powers = range(1, degree + 1)
+            which = torch.tensor([[channel] * p + [dim] * (degree - p) for p in powers for channel in range(dim)])
+        else:
+            which = torch.combinations(torch.arange(dim + 1), degree, with_replacement=True)
+        order = (which < dim).sum(1)
+        count = torch.nn.functional.one_hot(which, dim + 1)[..., :dim].sum(1)
+        ways = (torch.lgamma(order + 1.0) - torch.lgamma(count + 1.0).sum(1)).exp().round()
+        return cls(which.to(like.device), order.to(like.device), ways.to(like).sqrt())
+
+    def __call__(self, x: Float[Tensor, "... dim"], scale: Float[Tensor, " degrees"]) -> Float[Tensor, "... features"]:
+        """The features; ``scale`` is a factor for each order, from none at all."""
+        extended = torch.cat([x, torch.ones_like(x[..., :1])], -1)
+        product = extended[..., self.which[:, 0]] * (self.weight * scale[self.order])
+        for column in self.which.unbind(1)[1:]:
+            product = product * extended[..., column]
+        return product
 
 
 def width_of(name: FeatureName, dim: int, degree: int) -> int:
     """How many features there are, without making them."""
     return {"none": dim, "powers": dim * degree, "polynomial": math.comb(dim + degree, degree)}[name]
-
-
-def features_of(
-    x: Float[Tensor, "... dim"], which: Tensor, scale: Float[Tensor, " degrees"] | None = None
-) -> Float[Tensor, "... features"]:
-    """Products of channels, as :func:`features` names them.
-
-    Args:
-        scale: a factor for each number of channels multiplied, from none at all.
-    """
-    if which.shape[1] == 1 and scale is None:
-        return x
-    extended = torch.cat([x, torch.ones_like(x[..., :1])], -1)
-    product = extended[..., which[:, 0]]
-    for column in which.unbind(1)[1:]:
-        product = product * extended[..., column]
-    return product if scale is None else product * scale[(which < x.shape[-1]).sum(1)]
