@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from vestige import cli
+
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
+SHELL = re.compile(r"^```sh\n(.*?)^```", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\((?!https?:)([^)#]+)")
 GENERATED = {"catalogue.md"}
 
@@ -21,6 +25,21 @@ def test_python_of_a_page_runs(page: Path, tmp_path: Path) -> None:
     code = "\n".join(BLOCK.findall(page.read_text()))
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def commands() -> list[tuple[str, str]]:
+    """Every command line of Vestige that a page shows, with the page's name."""
+    lines = [
+        (page.name, line) for page in PAGES for block in SHELL.findall(page.read_text()) for line in block.split("\n")
+    ]
+    return [(name, line) for name, line in lines if line.startswith("vestige ")]
+
+
+@pytest.mark.parametrize(("page", "line"), commands())
+def test_commands_of_a_page_are_understood(page: str, line: str) -> None:
+    """Verb, arguments and options are there; nothing is run."""
+    _, verb, *words = shlex.split(line, comments=True)
+    cli._read(cli._find(verb), verb, words)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
