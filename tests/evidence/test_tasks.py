@@ -293,3 +293,28 @@ def test_books_and_nouns_are_read_from_their_packages(tokenizer, tmp_path, monke
     assert {label: len(found) for label, found in labelled.labelled("wordnet").items()} == {"plant": 5, "animal": 5}
     text._stdlib.cache_clear()
     labelled._wordnet.cache_clear()
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mistral", "gpt2", "opt", "gpt-neox", "vestige"])
+def test_every_kind_of_position_bears_left_padding(architecture, tiny):
+    """Rotary, learned and windowed positions, and a recurrent state: a row says in a batch what it says alone."""
+    from vestige.models.config import VestigeConfig
+    from vestige.models.lm import VestigeLM
+
+    if architecture == "vestige":
+        torch.manual_seed(0)
+        config = VestigeConfig(blocks="gated-delta-net softmax", hidden_size=32, num_attention_heads=2, vocab_size=97)
+        model, policies = VestigeLM(config).eval(), [None]
+    else:
+        model, policies = tiny(architecture), [None, vestige.method("h2o", budget=20)]
+    ids = torch.randint(3, 97, (3, 60), generator=torch.Generator().manual_seed(0)).tolist()
+    rows = [
+        row(line[:size], Question(ids=tuple(line[size : size + 3]), answer=tuple(line[size + 3 : size + 7])))
+        for line, size in zip(ids, (50, 33, 41), strict=True)
+    ]
+    cells = [(policy, None) for policy in policies]
+    for together, alone in zip(ask(model, rows, cells, batch_size=3), ask(model, rows, cells), strict=True):
+        torch.testing.assert_close(together, alone, atol=1e-4, rtol=1e-4)
+    if policies[-1] is not None:
+        whole, cut = ask(model, rows, cells)
+        assert (whole - cut).abs().max() > 1e-3
