@@ -25,7 +25,7 @@ from vestige.evidence.points import points_of
 
 METHODS = ["streaming-llm", "h2o", {"name": "quantised-cache", "bits": 8, "policy": {"name": "h2o"}}, "quantised-cache"]
 SMALL = {
-    "tasks": [{"name": "needle", "length": 200}],
+    "tasks": [{"name": "needle", "length": 160}],
     "methods": METHODS,
     "budgets": [0.3, 0.5],
     "seeds": [0, 1],
@@ -129,7 +129,7 @@ def test_the_largest_number_within_is_found(allowed):
 
 
 def test_killed_in_the_middle_it_goes_on_where_it_was(toy_folder, tmp_path):
-    spec = {"models": [str(toy_folder)], **SMALL, "methods": ["h2o"], "seeds": list(range(20)), "device": "cpu"}
+    spec = {"models": [str(toy_folder)], **SMALL, "methods": ["h2o"], "seeds": list(range(10)), "device": "cpu"}
     (tmp_path / "spec.yaml").write_text(json.dumps(spec))
     words = [
         sys.executable,
@@ -153,7 +153,7 @@ def test_killed_in_the_middle_it_goes_on_where_it_was(toy_folder, tmp_path):
     found = compare(tmp_path / "spec.yaml", out=tmp_path / "out", progress=False)
     rows = list(Ledger(ledger).rows())
     assert found.measured == len(rows) - before > 0
-    assert len(rows) == len({row["key"] for row in rows}) == 20 * 3 and Ledger(ledger).broken == 0
+    assert len(rows) == len({row["key"] for row in rows}) == 10 * 3 and Ledger(ledger).broken == 0
 
 
 def test_the_command_of_a_row_measures_the_same_again(toy_folder, tmp_path, capsys, monkeypatch):
