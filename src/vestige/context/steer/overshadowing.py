@@ -101,7 +101,12 @@ class SelfContrast(Method):
         "self-contrastive decoding (section 5); where the paper takes the least plausible token's probability for an "
         "escaping token, the bound of plausibility itself is taken",
     )
-    verdict = Verdict()
+    verdict = Verdict(
+        "reproduced",
+        "small models that learnt 16 common statements for each rare one, three seeds: of the rare questions that get "
+        "the common answer (54, 33, 52 %) self-contrast leaves 42, 17, 35 %, and all common ones stay right; the "
+        "indicator foresees which (0.92 to 0.94)",
+    )
 
     alpha: float = param(0.1, "a token is plausible from this share of the likeliest one's probability on", gt=0, le=1)
     threshold: float = param(0.0, "a step is overshadowed, and contrasted, where the indicator lies below", le=0)
