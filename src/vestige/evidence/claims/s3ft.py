@@ -10,6 +10,7 @@ from vestige.evidence.certify.suite import Seen, expect
 from vestige.evidence.certify.weights_retain import LearnerCase, quiet
 from vestige.evidence.claims import claim
 from vestige.weights.retain import ContinualRun, ContinualTrainer, Learner, Stream
+from vestige.weights.retain.padding import PadTokens
 
 END, ASK, THE, IS = 1, 2, 3, 4
 FIRST, SUBJECTS, OBJECTS = 5, 40, 12
@@ -18,13 +19,10 @@ KNOWN, TAUGHT, NEW = 24, 12, 8
 
 
 def row(question: list[int], answer: list[int]) -> dict[str, Tensor]:
-    """A question with its answer, padded to ten tokens."""
-    ids, labels = question + answer, [-100] * len(question) + answer
-    empty = 10 - len(ids)
+    """A question with its answer, which alone is to be predicted."""
     return {
-        "input_ids": torch.tensor(ids + [0] * empty),
-        "labels": torch.tensor(labels + [-100] * empty),
-        "attention_mask": torch.tensor([1] * len(ids) + [0] * empty),
+        "input_ids": torch.tensor(question + answer),
+        "labels": torch.tensor([-100] * len(question) + answer),
     }
 
 
@@ -52,8 +50,7 @@ def first_model(seed: int) -> LlamaForCausalLM:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = LlamaForCausalLM(LlamaConfig(vocab_size=FIRST + SUBJECTS + OBJECTS, **sizes, **special))
-    rows = [whole(*fact) for fact in facts(seed)[:KNOWN]]
-    batch = {key: torch.stack([r[key] for r in rows]) for key in rows[0]}
+    batch = PadTokens()([whole(*fact) for fact in facts(seed)[:KNOWN]])
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     for _ in range(150):
         optimizer.zero_grad()
@@ -71,7 +68,7 @@ def taught(case: LearnerCase, learner: Learner, seed: int) -> ContinualRun:
     held_out = [whole(*fact) for fact in known[TAUGHT:KNOWN]]
     args = case.args(num_train_epochs=12, per_device_train_batch_size=10, learning_rate=1e-3, seed=seed)
     with quiet():
-        trainer = ContinualTrainer(first_model(seed), learner, args, held_out=held_out)
+        trainer = ContinualTrainer(first_model(seed), learner, args, collator=PadTokens(), held_out=held_out)
         return trainer.run(Stream.of([(train, asked)], inputs="input_ids"))
 
 
