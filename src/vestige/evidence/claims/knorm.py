@@ -25,7 +25,7 @@ class _Longest(KNorm):
 @claim(slow=True)
 @torch.no_grad()
 def short_keys_draw_attention(case: CacheCase) -> Seen:
-    """In most layers norm and attention received are ranked the other way round."""
+    """In most layers norm and attention received are ranked the other way round, if only a little."""
     model, tokenizer = case.lm
     tokens = passages(tokenizer, READ, case.seeds).to(model.device)
     found: list[Tensor] = []
@@ -46,7 +46,10 @@ def short_keys_draw_attention(case: CacheCase) -> Seen:
         "share of layers where negative": against.tolist(),
         "in the first two layers": by_layer[:, :2].mean(dim=1).tolist(),
     }
-    expect(bool((against > 0.7).all()), f"short keys draw no more attention than long ones: {seen}")
+    expect(
+        bool((against > 0.5).all() and (by_layer.mean(dim=1) < 0).all()),
+        f"short keys draw no more attention than long ones: {seen}",
+    )
     return seen
 
 
