@@ -11,7 +11,7 @@ from vestige.evidence.report.page import Answers, Code, Page, Section, Table, Te
 if TYPE_CHECKING:
     import os
 
-    from vestige.evidence.studies.study import StudyResult
+    from vestige.evidence.studies.study import Finding, StudyResult
 
 __all__ = ["command", "study_page", "write_study_report"]
 
@@ -29,7 +29,7 @@ def study_page(result: StudyResult) -> Page:
     held = sum(finding.held for finding in result.claims)
     answers = [
         (result.verdict.status, f"{held} of {len(result.claims)} findings held for every seed{on}."),
-        *((finding.spread, f"{finding.quantity}; due: {finding.expected}.") for finding in result.claims),
+        *((f"{finding.mean:.3g}", _told(finding)) for finding in result.claims),
     ]
     return Page(
         title=f"{paper.title}: seen again?",
@@ -63,20 +63,27 @@ def _seeds(result: StudyResult) -> str:
     return f"{len(result.seeds)} seeds" if len(result.seeds) > 1 else "one seed"
 
 
+def _told(finding: Finding) -> str:
+    """The claim, what was measured of it, and whether it held."""
+    low, high = min(finding.measured), max(finding.measured)
+    return (
+        f"{finding.quantity} ({low:.3g} to {high:.3g}; due: {finding.expected}). {finding.claim}: "
+        f"{'held' if finding.held else 'not held'}."
+    )
+
+
 def _findings(result: StudyResult) -> Table:
     rows = [
         [
             finding.claim,
-            finding.quantity,
             finding.expected,
-            finding.spread,
-            ", ".join(f"{value:.3g}" for value in finding.measured),
+            *(f"{value:.3g}" for value in finding.measured),
             "held" if finding.held else "not held",
         ]
         for finding in result.claims
     ]
-    columns = ["the paper's claim", "measured", "due", "seen (smallest to largest)", "by seed", ""]
-    return Table(columns, rows, "A finding holds where it holds for every seed.", labels=2)
+    columns = ["the paper's claim", "due", *(f"seed {seed}" for seed in result.seeds), ""]
+    return Table(columns, rows, "A finding holds where it holds for every seed.")
 
 
 def _method(result: StudyResult) -> list[Any]:
