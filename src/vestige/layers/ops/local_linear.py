@@ -64,10 +64,9 @@ def local_linear_attention(
         for first in range(0, length, chunk):
             last = min(first + chunk, length)
             end = past + last
-            hidden = _hidden(past + first, end, query.device, valid, sequence)
             q = query[:, :, first:last].to(kind).unflatten(1, (kv_heads, -1)).flatten(2, 3)
-            hidden = hidden.repeat(1, heads // kv_heads, 1)[:, None]
-            arguments = (q, k[:, :, :end], v[:, :, :end], hidden, scaling, ridge, iterations)
+            place = (past + first, valid, sequence)
+            arguments = (q, k[:, :, :end], v[:, :, :end], place, heads // kv_heads, scaling, ridge, iterations)
             if torch.is_grad_enabled() and length > chunk:
                 out = checkpoint(_block, *arguments, use_reentrant=False, preserve_rng_state=False)
             else:
@@ -77,9 +76,9 @@ def local_linear_attention(
 
 
 def _hidden(
-    first: int, end: int, device: torch.device, valid: Tensor | None, sequence: Tensor | None
+    end: int, device: torch.device, first: int, valid: Tensor | None, sequence: Tensor | None
 ) -> Bool[Tensor, "#batch rows end"]:
-    """Which of the first keys are hidden from the queries that stand at some of them."""
+    """Which of the first keys are hidden from the queries that stand from ``first`` on."""
     row = torch.arange(first, end, device=device)[:, None]
     column = torch.arange(end, device=device)[None, :]
     hidden = (column > row)[None]
@@ -94,12 +93,14 @@ def _block(
     q: Float[Tensor, "batch kv rows dim"],
     k: Float[Tensor, "batch kv held dim"],
     v: Float[Tensor, "batch kv held width"],
-    hidden: Bool[Tensor, "batch 1 rows held"],
+    place: tuple[int, Tensor | None, Tensor | None],
+    group: int,
     scaling: float,
     ridge: float,
     iterations: int,
 ) -> Float[Tensor, "batch kv rows width"]:
-    """The estimates of some queries."""
+    """The estimates of some queries, those of a group behind one another; ``place`` is what :func:`_hidden` takes."""
+    hidden = _hidden(k.shape[2], k.device, *place).repeat(1, group, 1)[:, None]
     p = (scaling * (q @ k.mT)).masked_fill(hidden, -torch.inf).softmax(-1)
     mean = p @ k
     z = _solve(p, k, mean, ridge, mean - q, iterations)
