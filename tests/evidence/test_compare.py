@@ -158,9 +158,16 @@ def test_killed_in_the_middle_it_goes_on_where_it_was(toy_folder, tmp_path):
 
 def test_the_command_of_a_row_measures_the_same_again(toy_folder, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    found = compare(
-        models=str(toy_folder), out="out", progress=False, device="cpu", **SMALL | {"methods": "h2o", "seeds": 3}
-    )
+    settings = SMALL | {"methods": "h2o", "seeds": 3, "device": "cpu"}
+    found = compare(models=str(toy_folder), out="out", progress=False, **settings)
+    (tmp_path / "spec.yaml").write_text(json.dumps({"models": str(toy_folder), **settings}))
+    assert main(["compare", "spec.yaml", "--out", "out", "--quiet"]) == 0
+    told = capsys.readouterr().out
+    assert "h2o" in told and "50%" in told and "vestige report out/ledger.jsonl" in told
+    assert main(["compare", "spec.yaml", "--out", "out", "--dry-run", "--json"]) == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["missing"] == 0 and "nothing to do" in captured.err
+
     row = next(row for row in found.rows if row["budget"] is not None)
     words = row["command"].split()
     assert words[:2] == ["vestige", "compare"] and words[-1] == row["key"]
