@@ -144,7 +144,7 @@ def test_files_that_cannot_be_read_are_named(tmp_path):
     wrong.write_text('{"question": "q"}\n')
     with pytest.raises(InputError, match="line 1"):
         examples(Data(name="jsonl", file=wrong))
-    with pytest.raises(InputError, match="forget: 0 of"):
+    with pytest.raises(InputError, match="11: none has it"):
         run_erasure(erasing(tmp_path / "out", forget={"label": 11}))
 
 
@@ -166,6 +166,10 @@ def test_answers_are_predicted_and_questions_are_not(capitals):
     assert text == " me</s>" and (row["labels"][:4] == -100).all()
     found = examples(Data(name="jsonl", file=capitals, unseen=0.25))
     assert (len(found.train), len(found.test)) == (6, 2)
+    with pytest.raises(InputError, match="stands aside"):
+        chosen(found, {"question": found.test[0]["question"]}, 0, encoded(tiny_tokenizer()))
+    with pytest.raises(InputError, match="all 6"):
+        chosen(found, {"topic": ["even", "odd"]}, 0, encoded(tiny_tokenizer()))
 
 
 def test_facts_have_two_wordings_and_one_answer():

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 import yaml
 
 from vestige.core.ledger import Ledger
@@ -18,6 +17,7 @@ from vestige.evidence.runs.models import build, tokenizer_of
 from vestige.evidence.runs.sources import Examples, encoded, examples
 from vestige.evidence.runs.spec import Retaining, read_spec, write_text
 from vestige.weights.retain import ContinualRun, ContinualTrainer, Learner, Stream
+from vestige.weights.retain.padding import PadTokens
 
 if TYPE_CHECKING:
     import pandas
@@ -132,21 +132,4 @@ def _stream(spec: Retaining, found: Examples, tokenizer: Any) -> tuple[Stream, A
         taught = [encode(row, "question") for row in rows]
         # What was learnt is asked for as it was taught: a fact cannot be worked out from others.
         parts[value] = (taught, taught)
-    return Stream.of(parts, kind="domain", inputs="input_ids"), _Padding(tokenizer.pad_token_id or 0)
-
-
-class _Padding:
-    """Rows of tokens, filled up on the right."""
-
-    def __init__(self, padding: int) -> None:
-        self.padding = padding
-
-    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        pad = torch.nn.utils.rnn.pad_sequence
-        ids = [torch.as_tensor(row["input_ids"]) for row in rows]
-        labels = [torch.as_tensor(row["labels"]) for row in rows]
-        return {
-            "input_ids": pad(ids, batch_first=True, padding_value=self.padding),
-            "labels": pad(labels, batch_first=True, padding_value=-100),
-            "attention_mask": pad([torch.ones_like(row) for row in ids], batch_first=True),
-        }
+    return Stream.of(parts, kind="domain", inputs="input_ids"), PadTokens(tokenizer.pad_token_id or 0)

@@ -161,8 +161,13 @@ def chosen(found: Examples, forget: dict[str, Any], seed: int, encode: Callable[
             raise SpecError(f"field 'forget' names {column!r}; {did_you_mean(column, [*columns, 'random'])}")
         values = wanted if isinstance(wanted, list) else [wanted]
         picked = {n for n, row in enumerate(found.train) if row[column] in values}
-        if not picked or len(picked) == len(found.train):
-            raise InputError(f"forget: {len(picked)} of {len(found.train)} examples have {column} {wanted!r}")
+        held = {row[column] for n, row in enumerate(found.train) if n in picked}
+        if missing := [value for value in values if value not in held]:
+            aside = any(row.get(column) in missing for row in found.test)
+            why = "it stands aside, as what is never taught (data.unseen, data.seed)" if aside else "none has it"
+            raise InputError(f"forget: no example that is taught has {column} {missing[0]!r}: {why}")
+        if len(picked) == len(found.train):
+            raise InputError(f"forget: all {len(picked)} examples have {column} {wanted!r}")
         # Of the kind of what is forgotten: the same class; of facts, any that were not taught.
         others = [row for row in found.test if found.kind == "text" or row[column] in values]
     gone = [row for n, row in enumerate(found.train) if n in picked]
