@@ -273,3 +273,43 @@ def test_judges_of_texts_and_of_tokens():
     assert exact.accepts([8, 9, 1], [8, 9, 1], []) and not exact.accepts([7, 8, 9, 1], [8, 9, 1], [])
     with pytest.raises(SpecError, match="number"):
         vestige.method("s3ft", judge="number")
+
+
+def test_answers_in_five_styles():
+    from vestige.weights.retain.sefe import STYLES, diversified
+
+    facts = [
+        {
+            "subject": f"s{n}",
+            "field": "colour",
+            "question": f"Colour of s{n}?",
+            "answer": ("red", "blue", "green")[n % 3],
+        }
+        for n in range(40)
+    ]
+    found = diversified(facts, share=0.5, seed=0)
+    counts = Counter(fact["style"] for fact in found)
+    assert counts["short"] == 20 and all(counts[style] == 5 for style in STYLES if style != "short")
+    for before, now in zip(facts, found, strict=True):
+        assert now["question"].endswith(STYLES[now["style"]]) and now["subject"] == before["subject"]
+        if now["style"] == "choice":
+            assert f"{now['answer']}. {before['answer']}" in now["question"]
+        elif now["style"] == "yes or no":
+            assert (now["answer"] == "Yes") == (f"Is it {before['answer']}?" in now["question"])
+        else:
+            assert before["answer"] in now["answer"]
+    assert found == diversified(facts, share=0.5, seed=0) != diversified(facts, share=0.5, seed=1)
+    with pytest.raises(InputError, match="share"):
+        diversified(facts, share=2)
+    with pytest.raises(InputError, match="wrong"):
+        diversified([facts[0]] * 4, share=1.0)
+
+
+def test_reg_lora_keeps_later_updates_from_the_places_noted():
+    held, free = (learn(vestige.method("sefe", weight=w, share=0.1))[1] for w in (1e5, 0.0))
+    first = learn(vestige.method("sefe"), on=Stream(stream().experiences[:1], "class"))[1]
+    changes = []
+    for model in (held, free):
+        moved = [(n, (p - first.get_parameter(n)).abs().mean()) for n, p in model.named_parameters() if "mlp.fc" in n]
+        changes.append(sum(float(size) for name, size in moved if name.endswith("weight")))
+    assert 0 < changes[0] < 0.5 * changes[1]

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,18 +12,15 @@ from torch import Tensor, nn
 from vestige.core.anatomy import Anatomy, Layer
 from vestige.core.method import Paper, Verdict, param
 from vestige.core.patch import Patch
-from vestige.errors import MissingPackageError, UnsupportedModelError
+from vestige.errors import UnsupportedModelError
 from vestige.weights.erase.descent import Adam, Descent, Step
 from vestige.weights.erase.eraser import Trace, Work
 from vestige.weights.erase.examples import Row
 from vestige.weights.erase.losses import IGNORED, aligned, row_losses
-
-if TYPE_CHECKING:
-    from peft.tuners.lora import LoraLayer
+from vestige.weights.lora import Adapters
 
 __all__ = ["GSLoRA"]
 
-ADAPTER = "vestige-erasure"
 ACTIVE = 1e-3
 """A group whose norm is below this share of the largest counts as unused."""
 
@@ -34,7 +29,7 @@ ACTIVE = 1e-3
 class _Known:
     """What the loss needs besides the batch: the adapters, in groups, and what the untouched model answered."""
 
-    layers: list[LoraLayer]
+    adapters: Adapters
     groups: list[list[nn.Parameter]]
     bound: float
     prototype_bound: float
@@ -60,7 +55,12 @@ class GSLoRA(Descent):
         code="https://github.com/bjzhb666/GS-LoRA",
         equations="bounded forgetting, group sparsity with warm-up (also arXiv 2403.11530), and the prototype loss",
     )
-    verdict = Verdict()
+    verdict = Verdict(
+        "not reproduced",
+        "class 3 of scikit-learn's digits, small ViT, 3 seeds: test accuracy on it 0.92-1.00 -> 0.02-0.03, on the "
+        "others 0.92-0.97 (retrained 0.96-0.97); the penalty takes a third off the norms, but no group falls out of "
+        "use; erasing 7 after 3 leaves 3 forgotten on all seeds (0.00-0.06), and 7 itself on two: 0.00, 0.98, 0.05",
+    )
 
     learning_rate: float = param(1e-2, "step size of Adam", gt=0)
     rank: int = param(8, "rank of each change", ge=1)
@@ -80,15 +80,19 @@ class GSLoRA(Descent):
 
     def _apply(self, work: Work, patch: Patch, trace: Trace) -> None:
         maps = _maps(work, self.where)
-        with _adapters(work, maps, self.rank, self.scale) as layers:
-            known = self._known(work, maps, layers)
-            weights = [p for layer in layers.values() for p in _matrices(layer)]
+        flat = [linear for block in maps for linear in block]
+        adapters = Adapters(work.model, flat, self.rank, self.scale, work.generator(2), self.name)
+        try:
+            known = self._known(work, maps, adapters)
+            weights = [p for linear in flat for p in adapters.matrices(linear)]
             self.train(work, trace, Adam(weights, self.learning_rate, self.clip), known)
             with torch.no_grad():
                 sizes = [float(_norm(group)) for group in known.groups]
-                merged = {linear: layer.get_delta_weight(ADAPTER) + linear.weight for linear, layer in layers.items()}
-        for linear, weight in merged.items():
-            patch.parameter(linear.weight, weight)
+            merged = [adapters.merged(linear) for linear in flat]
+        finally:
+            adapters.remove()
+        for linear, weight in zip(flat, merged, strict=True):
+            patch.parameter(linear.weight, weight)  # type: ignore[arg-type]
         trace.report |= {
             "groups": sizes,
             "active": sum(size > ACTIVE * max(sizes) for size in sizes),
@@ -96,8 +100,8 @@ class GSLoRA(Descent):
             "weights": sum(p.numel() for p in work.parameters.values()),
         }
 
-    def _known(self, work: Work, maps: list[list[nn.Module]], layers: dict[nn.Module, LoraLayer]) -> _Known:
-        blocks = [[_matrices(layers[linear]) for linear in block] for block in maps]
+    def _known(self, work: Work, maps: list[list[nn.Module]], adapters: Adapters) -> _Known:
+        blocks = [[adapters.matrices(linear) for linear in block] for block in maps]
         per_map = [pair for block in blocks for pair in block]
         groups = {
             "block": [[p for pair in block for p in pair] for block in blocks],
@@ -107,7 +111,7 @@ class GSLoRA(Descent):
         with torch.no_grad():
             classes = work.logits(next(work.batches(work.forget))[1]).shape[-1]
         bound = 2 * math.log(classes) if self.bound is None else self.bound
-        known = _Known(list(layers.values()), groups[self.group], bound, self.prototype_bound or bound)
+        known = _Known(adapters, groups[self.group], bound, self.prototype_bound or bound)
         if self.prototypes and not work.reader.causal:
             known.prototypes = _mean_answers(work, classes)
         return known
@@ -132,7 +136,7 @@ class GSLoRA(Descent):
     def _distance(self, work: Work, logits: Tensor, batch: Row, known: _Known) -> Tensor:
         """The mean divergence of a batch's answers from the mean answers: KL(mean answer, answer), in nats."""
         if known.prototypes is None:
-            with torch.no_grad(), _switched_off(known.layers):
+            with torch.no_grad(), known.adapters.switched_off():
                 due, labels = aligned(work.logits(batch), batch["labels"], work.reader.causal)
             logits, _ = aligned(logits, batch["labels"], work.reader.causal)
         else:
@@ -189,57 +193,3 @@ def _named(layer: Layer, where: str) -> list[Any]:
     mlp = [m for m in (layer.gate, layer.up, layer.down) if m is not None]
     attention = [layer.query, layer.key, layer.value, layer.output]
     return {"mlp": mlp, "attention": attention, "both": [*attention, *mlp]}[where]
-
-
-@contextmanager
-def _adapters(work: Work, maps: list[list[nn.Module]], rank: int, scale: float) -> Iterator[dict[nn.Module, Any]]:
-    """PEFT's LoRA layers beside linear maps inside the block; the model is as it was after it.
-
-    Raises:
-        MissingPackageError: PEFT is not installed.
-    """
-    try:
-        from peft import LoraConfig, LoraModel
-    except ImportError:
-        raise MissingPackageError("peft", "gs-lora", "pip install 'vestige[weights]'") from None
-    names = {part: name for name, part in work.model.named_modules()}
-    wanted = {p: p.requires_grad for p in work.model.parameters()}
-    chosen = [linear for block in maps for linear in block]
-    config = LoraConfig(r=rank, lora_alpha=1, target_modules=[names[linear] for linear in chosen])
-    tuner: Any = None
-    try:
-        with torch.random.fork_rng(devices=[]):
-            tuner = LoraModel(work.model, config, ADAPTER)
-        layers = {linear: work.model.get_submodule(names[linear]) for linear in chosen}
-        draw = work.generator(2)
-        with torch.no_grad():
-            for layer in layers.values():
-                layer.scaling[ADAPTER] = scale
-                first, second = _matrices(layer)
-                width = first.shape[1] ** -0.5
-                first.copy_((2 * torch.rand(first.shape, generator=draw, dtype=torch.float64) - 1) * width)
-                second.zero_()
-        yield layers
-    finally:
-        if tuner is not None:
-            tuner.unload()
-        for parameter, flag in wanted.items():
-            parameter.requires_grad_(flag)
-
-
-def _matrices(layer: Any) -> list[nn.Parameter]:
-    """The two matrices of an adapter: (rank, in) and (out, rank)."""
-    return [layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight]
-
-
-@contextmanager
-def _switched_off(layers: list[Any]) -> Iterator[None]:
-    """The model without its adapters inside the block."""
-    scales = [layer.scaling[ADAPTER] for layer in layers]
-    for layer in layers:
-        layer.scaling[ADAPTER] = 0.0
-    try:
-        yield
-    finally:
-        for layer, scale in zip(layers, scales, strict=True):
-            layer.scaling[ADAPTER] = scale

@@ -1,0 +1,183 @@
+"""SEFE (arXiv 2505.02486): keep what matters in earlier updates still, and questions in many styles of answer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from vestige.core.anatomy import Anatomy
+from vestige.core.method import Paper, Verdict, param
+from vestige.errors import InputError, UnsupportedModelError
+from vestige.weights.lora import Adapters
+from vestige.weights.retain.learner import Batch, Learner, Running
+from vestige.weights.retain.session import Session
+from vestige.weights.retain.stream import Experience
+
+__all__ = ["SEFE", "STYLES", "diversified"]
+
+
+class _SEFE(Running):
+    """``keys`` holds, per linear map, the places in the flat weight that earlier updates changed most."""
+
+    def __init__(self, learner: Any) -> None:
+        super().__init__(learner)
+        self.keys: dict[str, Tensor] = {}
+        self.maps: dict[str, nn.Module] = {}
+        self.adapters: Adapters | None = None
+
+    def start(self, session: Session) -> None:
+        names = {id(part): name for name, part in session.model.named_modules()}
+        for layer in Anatomy.of(session.model).layers:
+            for each in (layer.query, layer.key, layer.value, layer.output, layer.gate, layer.up, layer.down):
+                if each is not None and each.stored.requires_grad:
+                    self.maps[names[id(each.module)]] = each.module
+        if not self.maps:
+            raise UnsupportedModelError("sefe: no linear map of a block of the model is trained")
+
+    def before(self, session: Session, experience: Experience) -> None:
+        learner = self.learner
+        head = {id(p): p.requires_grad for p in session.head()[1].parameters()}
+        self.adapters = Adapters(
+            session.model, list(self.maps.values()), learner.rank, learner.scale, session.generator, learner.name
+        )
+        for parameter in session.model.parameters():  # the output layer learns as in plain fine-tuning
+            if head.get(id(parameter)) and not learner.freeze_head:
+                parameter.requires_grad_(True)
+
+    def loss(self, session: Session, batch: Batch, outputs: Any, loss: Tensor) -> Tensor:
+        if not self.keys or not self.learner.weight:
+            return loss
+        assert self.adapters is not None
+        sizes = []
+        for name, linear in self.maps.items():
+            first, second = self.adapters.matrices(linear)
+            rows, columns = self.keys[name].long() // first.shape[1], self.keys[name].long() % first.shape[1]
+            # Only the entries asked for; the whole product is never formed.
+            sizes.append((second[rows] * first.T[columns]).sum(-1).abs().mean())
+        return loss + self.learner.weight * torch.stack(sizes).mean()
+
+    @torch.no_grad()
+    def after(self, session: Session, experience: Experience) -> None:
+        assert self.adapters is not None
+        for name, linear in self.maps.items():
+            first, second = self.adapters.matrices(linear)
+            change = (second @ first).abs().flatten()
+            most = change.topk(max(1, round(self.learner.share * len(change)))).indices.int()
+            self.keys[name] = torch.cat([self.keys[name], most]) if name in self.keys else most
+        self._merge()
+
+    @torch.no_grad()
+    def _merge(self) -> None:
+        if self.adapters is None:
+            return
+        merged = [self.adapters.merged(linear) for linear in self.maps.values()]
+        self.adapters.remove()
+        self.adapters = None
+        for linear, weight in zip(self.maps.values(), merged, strict=True):
+            linear.weight.copy_(weight)  # type: ignore[operator, union-attr]
+
+    def finish(self, session: Session) -> None:
+        self._merge()  # what an interrupted experience has learnt so far
+
+    def tensors(self) -> dict[str, Tensor]:
+        return dict(self.keys)
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        self.keys = dict(tensors)
+
+
+class SEFE(Learner):
+    """RegLoRA: each experience learns in low-rank matrices, which may not change again what earlier ones changed most.
+
+    After an experience its update B A is merged into the weights, and the places of its largest entries are noted.
+    Later updates are pushed to zero there: weight times the mean over maps of the mean of abs(B A) at the places noted;
+    a place noted twice counts twice. The output layer is trained beside. The other half of the method, questions whose
+    answers are asked for in several styles, is :func:`diversified`, applied to the examples beforehand.
+    """
+
+    name = "sefe"
+    paper = Paper(
+        title="SEFE: Superficial and Essential Forgetting Eliminator for Multimodal Continual Instruction Tuning",
+        year=2025,
+        arxiv="2505.02486",
+        venue="ICML 2025",
+        code="https://github.com/jinpeng0528/SEFE",
+        equations="RegLoRA, and answer style diversification by templates",
+    )
+    verdict = Verdict()
+
+    rank: int = param(8, "rank of an update", ge=1)
+    scale: int | float = param(2.0, "by which the product of the two matrices is multiplied", gt=0)
+    share: float = param(0.02, "of the entries of an update, those noted", gt=0, le=1)
+    weight: int | float = param(2500.0, "of the size of later updates at the places noted", ge=0)
+    freeze_head: bool = param(False, "leave the output layer as it is")
+
+    owns: ClassVar[frozenset[str]] = frozenset({"structure", "weights"})
+    running = _SEFE
+
+
+STYLES: dict[str, str] = {
+    "short": "Answer in a word or a phrase.",
+    "choice": "Answer with the letter of the right choice.",
+    "yes or no": "Answer with yes or no.",
+    "brief": "Answer in one sentence.",
+    "detailed": "Answer in detail.",
+}
+
+
+def diversified(facts: Sequence[Mapping[str, str]], share: float = 0.2, seed: int = 0) -> list[dict[str, str]]:
+    """Questions with answers in a word, of which a share is asked for in the other four styles, evenly.
+
+    Every question says which style it wants. Wrong choices, and what is asked about by yes or no, are answers of other
+    questions of the same ``field`` (of all, where there is none).
+
+    Args:
+        facts: mappings with ``question`` and ``answer``; ``field`` and ``subject`` where there are any.
+        share: of the questions, those that are turned into another style.
+        seed: of what is drawn.
+
+    Returns:
+        The same mappings, in order, with ``question``, ``answer`` and ``style`` as they are to be taught.
+
+    Raises:
+        InputError: the share is no share, or the questions of a field all have the same answer.
+    """
+    if not 0 <= share <= 1:
+        raise InputError(f"parameter 'share' is {share!r}; allowed: 0 to 1")
+    draw = torch.Generator().manual_seed(seed)
+    turned = torch.randperm(len(facts), generator=draw)[: round(share * len(facts))].tolist()
+    others = [style for style in STYLES if style != "short"]
+    style_of = {place: others[n % len(others)] for n, place in enumerate(turned)}
+
+    def pick(values: Sequence[str]) -> str:
+        return values[int(torch.randint(len(values), (1,), generator=draw))]
+
+    found = []
+    for place, fact in enumerate(facts):
+        style = style_of.get(place, "short")
+        wrong = sorted({f["answer"] for f in facts if f.get("field") == fact.get("field")} - {fact["answer"]})
+        if style in ("choice", "yes or no") and not wrong:
+            raise InputError(f"no other answer than {fact['answer']!r} to draw wrong ones from")
+        question, answer = fact["question"], fact["answer"]
+        if style == "choice":
+            order = torch.randperm(len(wrong), generator=draw)[:3].tolist()
+            place_of_right = int(torch.randint(len(order) + 1, (1,), generator=draw))
+            choices = [wrong[n] for n in order]
+            choices.insert(place_of_right, answer)
+            question += " " + " ".join(f"{letter}. {c}" for letter, c in zip("ABCD", choices, strict=False))
+            answer = "ABCD"[place_of_right]
+        elif style == "yes or no":
+            said = pick([fact["answer"], pick(wrong)])
+            question += f" Is it {said}?"
+            answer = "Yes" if said == fact["answer"] else "No"
+        elif style == "brief":
+            answer = f"The answer is {answer}."
+        elif style == "detailed":
+            of = f" of {fact['subject']}" if fact.get("subject") else ""
+            what = f"The {fact.get('field', 'answer')}{of}"
+            answer = f"You ask: {fact['question']} {what} is {answer}."
+        found.append({**fact, "question": f"{question} {STYLES[style]}", "answer": answer, "style": style})
+    return found
