@@ -128,7 +128,12 @@ class Lizard(AttentionMixer):
         venue="ACL 2026",
         equations="section 3: gated linear attention, anchor window with meta memory, and the two stages of training",
     )
-    verdict = Verdict()
+    verdict = Verdict(
+        "reproduced",
+        "A small model that answers from beyond the window at 1.00 still does so converted, after 60 steps of each "
+        "stage; with the window alone, tuned in full as long, at 0.11 to 0.13 (3 seeds). On SmolLM2-135M the attention "
+        "is matched better with every step and undoing is exact; its quality after millions of tokens was not looked at.",
+    )
     forgets = "what lies a window back is left to a state that fades by a gate of the token"
     layer = LizardLayer
 
