@@ -125,13 +125,17 @@ def memorise(
             return torch.autograd.grad(loss(bias, answer, v[i], power, bound), W, create_graph=True)
 
     A, S = list(start), [torch.zeros_like(w) for w in start]
+    known: dict[int, tuple[Tensor, ...]] = {}  # slopes at the point of now
     point, due, rows = weights_of(A), torch.zeros_like(alpha[0]), []
     for t in range(len(q)):
         if t in still:
             rows.append(answered(weights_of(A), features(q[t]), q[t], gain, residual))
             continue
-        found = [slopes(point, i) for i in range(max(0, t - window + 1), t + 1)]
-        rates = theta[max(0, t - window + 1) : t + 1]
+        seen = range(max(0, t - window + 1), t + 1)
+        for i in seen:
+            if i not in known:
+                known[i] = slopes(point, i)
+        found, rates = [known[i] for i in seen], theta[seen.start : seen.stop]
         total = [sum(r * g for r, g in zip(rates, layer, strict=True)) for layer in zip(*found, strict=True)]
         S = [(eta[t] * s if eta is not None else 0) - g for s, g in zip(S, total, strict=True)]
         step = 1.0 if lam is None else lam[t]
@@ -145,7 +149,7 @@ def memorise(
             if newton_schulz and by_block:
                 A = [a + due * muon(s, newton_schulz) for a, s in zip(A, S, strict=True)]
                 due = torch.zeros_like(due)
-            point = weights_of(A)
+            point, known = weights_of(A), {}
     return torch.stack(rows)
 
 
