@@ -131,8 +131,8 @@ class Lizard(AttentionMixer):
     verdict = Verdict(
         "reproduced",
         "A small model that answers from beyond the window at 1.00 still does so converted, after 60 steps of each "
-        "stage; with the window alone, tuned in full as long, at 0.11 to 0.13 (3 seeds). On SmolLM2-135M the attention "
-        "is matched better with every step and undoing is exact; its quality after millions of tokens was not looked at.",
+        "stage; with the window alone, tuned in full as long, at 0.11 to 0.13 (3 seeds). On SmolLM2-135M attention is "
+        "matched better with each step and undone exactly; its quality after millions of tokens was not looked at.",
     )
     forgets = "what lies a window back is left to a state that fades by a gate of the token"
     layer = LizardLayer
