@@ -46,7 +46,11 @@ class AttentionSinks(Study):
         code="https://github.com/sail-sg/Attention-Sink",
         equations="the sink metric (threshold 0.3, 64 tokens); inputs; sigmoid attention without normalisation",
     )
-    verdict = Verdict()
+    verdict = Verdict(
+        "not reproduced",
+        "As claimed, 69 to 77% of SmolLM2's heads are sinks on text, 74 to 80% on random tokens, none on a repeated "
+        "token; after 500 steps small models with softmax have 3, 6 and 89%, where 10% were due; with sigmoid 0 to 2%",
+    )
     MODEL = "smollm2"
     FULL = {"texts": 100, "steps": 5000}  # noqa: RUF012
 
