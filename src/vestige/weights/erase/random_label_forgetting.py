@@ -32,10 +32,10 @@ class RandomLabelForgetting(Descent):
         equations="fine-tuning on randomised labels, section 2",
     )
     verdict = Verdict(
-        "not yet checked",
-        "class 3 of scikit-learn's digits, small ViT, 3 seeds: test accuracy on it 0.92-1.00 -> "
-        "0.02-0.03, on the others 0.91-0.93 (retrained 0.96-0.97); the spread over tasks and what probes "
-        "still read are not looked at yet",
+        "reproduced",
+        "class 3 of scikit-learn's digits, small ViT, 3 seeds, random labels on half of its rows: accuracy on unseen "
+        "rows 0.92-1.00 -> 0.02-0.07, on the other digits 0.91-0.94; a linear probe reads it as before (0.90-0.98), as "
+        "it does from a model that never saw it (0.92-0.94); the tasks of a language model were not looked at",
     )
 
     different: bool = param(True, "whether the label drawn is never the true one")

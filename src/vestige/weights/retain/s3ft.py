@@ -179,7 +179,12 @@ class S3FT(Learner):
         venue="NAACL Findings 2025",
         equations="the choice between own, restated and given answers (section 3)",
     )
-    verdict = Verdict()
+    verdict = Verdict(
+        "not reproduced",
+        "made-up facts, small Llama, 3 seeds: log-likelihood of known facts in the model's own words falls by 0.05, "
+        "0.04, 0.06 nats per token (fine-tuning: 1.52, 1.46, 1.18), but new facts are learnt less well: -0.49, "
+        "-1.17, -1.26 (fine-tuning: -0.35, -1.19, -0.53); restating was not looked at",
+    )
 
     judge: Literal["contains", "exact", "number"] = param(
         "contains", "when an answer is right: it holds the given one, is the given one, or ends in the same number"
