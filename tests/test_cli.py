@@ -104,8 +104,9 @@ def test_interrupted_audit_says_how_to_go_on(
 
 def test_signal_ends_a_real_process() -> None:
     code = """
-        import sys, time, vestige.commands.methods as verb
+        import signal, sys, time, vestige.commands.methods as verb
         from vestige.cli import main
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # who starts the tests may have it ignored
         def run():
             print("running", flush=True)
             time.sleep(60)

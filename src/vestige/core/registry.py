@@ -14,6 +14,7 @@ from __future__ import annotations
 import ast
 import functools
 import importlib
+import os
 import re
 import warnings
 from collections.abc import Iterable, Sequence
@@ -34,6 +35,7 @@ __all__ = ["Card", "MethodCard", "Registry", "method", "methods", "registry"]
 ENTRY_POINTS = "vestige.methods"
 ROOMS = ("context", "layers", "models", "stores", "weights", "training", "evidence")
 TASKS = "evidence/tasks"  # the folder whose classes are registered as tasks
+PROOFS = ("evidence/certify", "evidence/claims", "evidence/references", "evidence/report")  # no methods in there
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,7 +170,7 @@ class Registry:
         return self.card_type(name=entry.name, room="?", module=module, qualname=qualname, idea="")
 
 
-registry = Registry("method", MethodCard, folders=ROOMS, without=(TASKS,), group=ENTRY_POINTS)
+registry = Registry("method", MethodCard, folders=ROOMS, without=(TASKS, *PROOFS), group=ENTRY_POINTS)
 
 
 def methods(room: str | None = None) -> list[MethodCard]:
@@ -199,16 +201,20 @@ def _own_fields(card: type[Card]) -> list[str]:
 @functools.cache
 def _package_cards(card: Any, folders: tuple[str, ...], without: tuple[str, ...]) -> tuple[Card, ...]:
     root = Path(__file__).resolve().parent.parent
-    others = [root / folder for folder in without]
-    files = [path for folder in folders for path in sorted((root / folder).rglob("*.py"))]
-    kept = [path for path in files if not any(path.is_relative_to(other) for other in others)]
-    return tuple(found for path in kept for found in _file_cards(card, path, root))
+    skipped = {root / folder for folder in without}
+    files = []
+    for folder in folders:
+        for place, below, names in os.walk(root / folder):
+            below[:] = [name for name in sorted(below) if Path(place, name) not in skipped]
+            files += [Path(place, name) for name in sorted(names) if name.endswith(".py")]
+    return tuple(found for path in files for found in _file_cards(card, path, root))
 
 
 def _file_cards(card: type[Card], path: Path, root: Path) -> Iterable[Card]:
-    text = path.read_text(encoding="utf-8")
-    if "\n    name" not in text:
+    data = path.read_bytes()
+    if b"\n    name" not in data:
         return
+    text = data.decode("utf-8").replace("\r\n", "\n")
     folders, own = path.parts[len(root.parts) : -1], () if path.stem == "__init__" else (path.stem,)
     module = ".".join(("vestige", *folders, *own))
     for match in _CLASS_LINE.finditer(text):

@@ -11,7 +11,7 @@ from vestige.evidence.certify.suite import Seen, expect
 from vestige.evidence.claims import claim
 
 
-@claim
+@claim(slow=True)
 def forgetting_keeps_what_will_be_looked_at(case: CacheCase) -> Seen:
     """What is kept receives more of later tokens' attention than under h2o, and predictions mostly stay nearer."""
     mine = read_on(case, case.method)
@@ -28,7 +28,7 @@ def forgetting_keeps_what_will_be_looked_at(case: CacheCase) -> Seen:
     return seen
 
 
-@claim
+@claim(slow=True)
 def the_factor_decides_which_ages_survive(case: CacheCase) -> Seen:
     """The nearer the factor is to one, the older the entries that are kept."""
     factors = (0.98, 0.995, 1.0)
@@ -38,7 +38,7 @@ def the_factor_decides_which_ages_survive(case: CacheCase) -> Seen:
     return seen
 
 
-@claim
+@claim(slow=True)
 def without_forgetting_it_is_h2o(case: CacheCase) -> Seen:
     """With a factor of one every position kept, after the prompt and while decoding, is H2O's."""
     shared = {name: getattr(case.fitted, name) for name in ("budget", "sinks", "recent", "when")}

@@ -14,7 +14,7 @@ from vestige.evidence.data.text import passages
 EARLY = READ // 2  # tokens that many queries see: the last ones draw attention from few, and so much on average
 
 
-@claim
+@claim(slow=True)
 @torch.no_grad()
 def there_are_sinks_beyond_the_first_token(case: CacheCase) -> Seen:
     """In nearly all layers, and in half of the heads, an early token past the first draws several times the average

@@ -11,7 +11,7 @@ from vestige.evidence.claims import claim
 WINDOW = 16  # queries that vote: the claims' budgets are small
 
 
-@claim
+@claim(slow=True)
 def unequal_budgets_hold_more_attention(case: CacheCase) -> Seen:
     """Entries kept receive more of later tokens' attention than under the same score with equal budgets."""
     score = SnapKV(window_size=WINDOW)
