@@ -289,7 +289,7 @@ def bfloat16_is_finite(case: LearnerCase) -> Seen:
     return {"average": run.average}
 
 
-@learners.check("invariance")
+@learners.check("invariance", slow=True)
 def a_sum_with_nothing_is_the_learner(case: LearnerCase) -> Seen:
     """Added to fine-tuning, which does nothing of its own, a learner does bit for bit what it does alone."""
     if case.method.name == "finetune":

@@ -16,7 +16,7 @@ from vestige.evidence.claims import claim
 NARROW = {"sinks": 4, "recent": 60}  # for passages of 256 tokens
 
 
-@claim
+@claim(slow=True)
 def half_the_heads_copy_like_all(case: CacheCase) -> Seen:
     """With half of the heads at sinks and recent tokens, text from far back is copied about as with the whole cache;
     with gates dealt out at random it is not."""

@@ -10,7 +10,7 @@ from vestige.evidence.claims import claim
 NEAR = 0.3  # nats per token above the whole cache that still count as near it
 
 
-@claim
+@claim(slow=True)
 def sinks_keep_the_loss(case: CacheCase) -> Seen:
     """Over a text longer than the cache the loss stays near the whole cache's; with a plain window it does not."""
     sinks = excess_loss_while_rolling(case, case.on_lm(budget=BUDGET))
@@ -21,7 +21,7 @@ def sinks_keep_the_loss(case: CacheCase) -> Seen:
     return seen
 
 
-@claim
+@claim(slow=True)
 def sinks_receive_the_attention(case: CacheCase) -> Seen:
     """The few first tokens receive more of later tokens' attention than as many entries more of the window would."""
     sinks = read_on(case, case.method)

@@ -32,7 +32,7 @@ class _Anywhere(ThinK):
         super().prepare(layer, torch.ones_like(keys), None, rows)
 
 
-@claim
+@claim(slow=True)
 def channels_by_use_beat_channels_at_random(case: CacheCase) -> Seen:
     """With 40% of the channels gone predictions stay near the model's own; with as many gone at random they do not."""
     mine = divergence(case, case.on_lm(ratio=RATIO))
