@@ -30,8 +30,8 @@ $(STAMP): pyproject.toml constraints.txt
 audit: install  ## Audit the embedded model: vestige-audit/report.html and ledger.jsonl.
 	$(BIN)/vestige audit $(ARGS)
 
-test: install lint  ## Check the style and the types, and run the tests, on all cores.
-	$(BIN)/python -m pytest -n auto $(ARGS)
+test: install lint  ## Check the style and the types, and run the tests, on up to four cores.
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 $(ARGS)
 
 test-slow: install  ## Run the tests that take minutes.
 	$(BIN)/python -m pytest -m 'slow and not gpu' $(ARGS)

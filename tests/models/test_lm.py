@@ -13,6 +13,7 @@ from vestige.models.blocks import RESIDUALS, names_of
 
 MIXERS = names_of(Mixer)
 SMALL = {
+    "aaren": "aaren(heads=4)",
     "atlas": "atlas(by_block=true)",
     "mamba2": "mamba2(head_dim=8, state=8)",
     "sliding-window": "sliding-window(window=8)",
@@ -58,7 +59,7 @@ def test_train_save_reload_generate(name, tmp_path):
     prompt = phrase.repeat(1, 2)
     written = model.generate(prompt, max_new_tokens=6, do_sample=False)
     assert torch.equal(written, again.generate(prompt, max_new_tokens=6, do_sample=False))
-    assert float((written[:, 12:] == phrase).float().mean()) > 0.7  # by chance 0.03
+    assert float((written[:, 12:] == phrase).float().mean()) > 0.8
 
 
 def test_registered_with_transformers():

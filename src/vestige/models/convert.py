@@ -20,7 +20,6 @@ import copy
 import inspect
 import json
 import os
-import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,6 +31,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from vestige.core.anatomy import Anatomy, Layer
+from vestige.core.files import write_whole
 from vestige.core.patch import Patch
 from vestige.errors import InputError, ModelError, PatchError, SpecError, UnsupportedModelError
 from vestige.layers.layout import Layout
@@ -223,9 +223,7 @@ class Conversion:
         held = {name: tensor.detach().cpu().contiguous() for name, tensor in self.weights().items()}
         content = save(held, metadata={"conversion": plan})
         try:
-            with tempfile.NamedTemporaryFile(dir=target, prefix=f".{FILE}.", delete=False) as file:
-                file.write(content)
-            Path(file.name).replace(target / FILE)
+            write_whole(target / FILE, content)
         except OSError as error:
             raise ModelError(f"the conversion cannot be written to {str(target)!r}: {error}") from error
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from vestige.core.files import write_whole
 from vestige.errors import InputError
 from vestige.layers.state import LayerState, nbytes_of
 
@@ -107,17 +106,7 @@ class VestigeState(Cache):
             for name, tensor in layer.tensors.items()
         }
         seen = json.dumps([layer.seen for layer in self.layers])
-        target = Path(path)
-        content = save(tensors, metadata={"signature": self.signature, "seen": seen})
-        with tempfile.NamedTemporaryFile(dir=target.parent, prefix=f".{target.name}.", delete=False) as file:
-            temporary = Path(file.name)
-            try:
-                file.write(content)
-                file.flush()
-                temporary.replace(target)
-            except BaseException:
-                temporary.unlink(missing_ok=True)
-                raise
+        write_whole(path, save(tensors, metadata={"signature": self.signature, "seen": seen}))
 
     @classmethod
     def load(

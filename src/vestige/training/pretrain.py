@@ -34,9 +34,10 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
+from vestige.core.files import read_description
 from vestige.core.ledger import Ledger
-from vestige.core.method import did_you_mean
-from vestige.errors import InputError, SpecError
+from vestige.core.spec import did_you_mean
+from vestige.errors import SpecError
 from vestige.models.lm import VestigeConfig, VestigeLM
 from vestige.training.text import find_files, make_tokenizer, split, tokens_of
 
@@ -115,34 +116,9 @@ def read(source: str | os.PathLike[str] | Mapping[str, Any], **changes: Any) -> 
         InputError: no such file.
         SpecError: no YAML, an unknown field, or a value that is not allowed; names the field and the value.
     """
-    if isinstance(source, Mapping):
-        given, base = dict(source), None
-    else:
-        try:
-            text = Path(source).read_text(encoding="utf-8")
-        except OSError as error:
-            raise InputError(f"{os.fspath(source)!r} cannot be read: {error.strerror}") from error
-        try:
-            given = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise SpecError(f"{os.fspath(source)!r} is no YAML: {' '.join(str(error).split())}") from None
-        if not isinstance(given, dict):
-            raise SpecError(f"{os.fspath(source)!r} holds no fields; allowed: {', '.join(Training.model_fields)}")
-        base = Path(source).resolve().parent
-    given.update({name: value for name, value in changes.items() if value is not None})
-    try:
-        settings = Training(**given)
-    except pydantic.ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
-        if first["type"] == "extra_forbidden":
-            raise SpecError(f"unknown field {place!r}; {did_you_mean(place, Training.model_fields)}") from None
-        shown = "missing" if first["type"] == "missing" else repr(first["input"])
-        raise SpecError(f"field {place!r} is {shown}: {first['msg']}") from None
-    if base is not None:
-        paths = {"out": base / settings.out, "data": [str(base / Path(name).expanduser()) for name in settings.data]}
-        settings = settings.model_copy(update=paths)
-    return settings
+    settings, base = read_description(Training, source, **changes)
+    paths = {"out": base / settings.out, "data": [str(base / Path(name).expanduser()) for name in settings.data]}
+    return settings if isinstance(source, Mapping) else settings.model_copy(update=paths)
 
 
 def train(

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from vestige.context.plan.passkeys import Sample, check_samples, pass_keys
-from vestige.context.plan.windows import fingerprint, table, write_whole
+from vestige.context.plan.windows import fingerprint, save_plan, table
 from vestige.core.anatomy import Anatomy
 from vestige.core.patch import Patch
 from vestige.errors import InputError, SpecError, UnsupportedModelError
@@ -235,7 +235,7 @@ class _Training:
         tensors = {"gates": self.gates.detach(), "course": self.course}
         tensors |= {name: moments[name] for name in ("exp_avg", "exp_avg_sq")}
         state = json.dumps({**self.settings, "step": step})
-        write_whole(path, save({k: v.contiguous() for k, v in tensors.items()}, metadata={"training": state}))
+        save_plan(path, save({k: v.contiguous() for k, v in tensors.items()}, metadata={"training": state}))
 
     def resume(self, path: Path) -> int:
         """Steps done before, whose state is taken over; 0 where there is no file."""

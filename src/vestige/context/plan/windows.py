@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -20,11 +19,12 @@ from torch import Tensor
 from vestige.context.cache import KeptLayer
 from vestige.context.policy import Ranking
 from vestige.core.anatomy import Anatomy
+from vestige.core.files import write_whole
 from vestige.core.folders import cache_folder
 from vestige.core.method import param
 from vestige.errors import InputError, SpecError
 
-__all__ = ["ALL", "HeadWindows", "Table", "fingerprint", "highest", "table", "write_whole"]
+__all__ = ["ALL", "HeadWindows", "Table", "fingerprint", "highest", "save_plan", "table"]
 
 Table = tuple[tuple[float, ...], ...]
 
@@ -159,7 +159,7 @@ class HeadWindows(Ranking):
         target = _own_folder() / self.name / f"{self.fitted_on}.safetensors" if path is None else Path(path)
         tables = {name: torch.tensor(getattr(self, name), dtype=torch.float64) for name in self.tables}
         spec = {key: value for key, value in self.spec().items() if key not in self.tables}
-        write_whole(target, save(tables, metadata={"vestige": json.dumps(spec)}))
+        save_plan(target, save(tables, metadata={"vestige": json.dumps(spec)}))
         return target
 
     @classmethod
@@ -218,12 +218,13 @@ def _own_folder() -> Path:
     return cache_folder() / "plans"
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all."""
+def save_plan(path: Path, content: bytes) -> None:
+    """Write a plan's file.
+
+    Raises:
+        InputError: it cannot be written.
+    """
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as part:
-            part.write(content)
-        Path(part.name).replace(path)
+        write_whole(path, content)
     except OSError as error:
         raise InputError(f"the plan cannot be written to {os.fspath(path)!r}: {error.strerror}") from None

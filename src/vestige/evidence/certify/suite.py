@@ -139,7 +139,7 @@ class Suite:
 
         Args:
             point: one of the six.
-            slow: whether it takes over 30 seconds on two cores; the plain test run then leaves it out.
+            slow: whether it takes ten seconds and more on two cores; the plain test run then leaves it out.
             fills: whether it is enough for the point not to count as empty.
         """
 

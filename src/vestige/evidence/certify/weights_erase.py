@@ -260,10 +260,6 @@ def a_digit_is_forgotten_and_the_others_are_not(case: EraserCase) -> Seen:
             seen[f"digit{when}"].append(digit)
             seen[f"others{when}"].append(others)
         expect(before[0] > LEARNT, f"seed {seed}: there was nothing to forget: {seen}")
-        short = getattr(reference_of(case.method.name), "FALLS_SHORT", "")
-        if short and not (after[0] <= retrained[0] + 0.1 and after[1] >= retrained[1] - 0.1):
-            expect(case.method.verdict.status == "not reproduced", f"{short}, and the verdict does not say so")
-            raise NotApplicable(f"{short}: {seen}")
         expect(after[0] <= retrained[0] + 0.1, f"seed {seed}: the digit is still known: {seen}")
         expect(after[1] >= retrained[1] - 0.1, f"seed {seed}: other digits were lost: {seen}")
     return seen

@@ -8,7 +8,7 @@ that it saw, and raises :class:`~vestige.evidence.certify.suite.CheckFailed` whe
     def sinks_keep_the_perplexity(case: CacheCase) -> Seen:
         "With the first four tokens kept, perplexity stays near the full cache's; with none of them it explodes."
 
-A claim that takes over 30 seconds on two cores is marked ``@claim(slow=True)``: the certificate runs it, the plain
+A claim that takes ten seconds and more is marked ``@claim(slow=True)``: the certificate runs it, the plain
 test run leaves it out. A claim that was not seen to hold at the scale that fits here stays: the method's
 ``verdict`` says ``not reproduced`` with what was seen, and the certificate reports it so.
 """

@@ -46,5 +46,5 @@ def the_first_token_stays_unprotected(case: CacheCase) -> Seen:
             model(tokens[:, n : n + 1], past_key_values=cache)
         holds = torch.stack([(cache.positions(layer) == 0).any(dim=2)[:, 0] for layer in range(len(cache.layers))])
     seen = {"share of layers that hold the first token": holds.double().mean(dim=0).tolist()}
-    expect(bool((holds.double().mean(dim=0) >= 0.8).all()), f"the first token is lost: {seen}")
+    expect(bool((holds.double().mean(dim=0) >= 0.9).all()), f"the first token is lost: {seen}")
     return seen

@@ -6,8 +6,7 @@ names to float64 arrays, ``row_loss(weights, row, labels=None, over="mean")`` is
 arguments by name: ``drawn`` (random labels, one per row to forget), ``fresh`` (weights that saw none of the rows),
 ``row_logits(weights, row)`` (logits and the labels that they are to predict; in a language model one pair per token),
 ``linear`` (the names of the weights of each block's linear maps, by ``"mlp"`` and ``"attention"``), ``causal``.
-``SMALL`` holds hyper-parameters with which the small models of the certificate forget in seconds. ``FALLS_SHORT`` says
-why a method whose verdict is "not reproduced" need not do what all erasers should; its claims say what it does.
+``SMALL`` holds hyper-parameters with which the small models of the certificate forget in seconds.
 """
 
 from __future__ import annotations

@@ -13,7 +13,6 @@ from vestige.evidence.references.erasing import Weights, gradient, mean
 __all__ = ["erase"]
 
 SMALL: dict[str, Any] = {"step": 1e-2, "tolerance": 0.25}
-FALLS_SHORT = "one step cannot both forget a digit and keep the others within a tenth of a retrained model's"
 
 
 def erase(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from vestige.core.files import write_whole
 from vestige.errors import MissingPackageError
 from vestige.evidence.amounts import size
 from vestige.evidence.ledgers import Read, read_ledgers
@@ -27,7 +28,6 @@ from vestige.evidence.report.page import (
     Text,
     versions_line,
     write_page,
-    write_text,
 )
 from vestige.evidence.report.quality_figures import Cost, bytes_cost, matrix_figure, quality_figure, seconds_cost
 
@@ -64,7 +64,7 @@ def report(
     read = read_ledgers([ledgers] if isinstance(ledgers, str | os.PathLike) else ledgers)
     write_page(ledger_page(read), out)
     if markdown_to is not None:
-        write_text(markdown_to, markdown(read))
+        write_whole(markdown_to, markdown(read))
     return read
 
 

@@ -10,12 +10,13 @@ from __future__ import annotations
 import functools
 import os
 import platform
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
+
+from vestige.core.files import write_whole
 
 __all__ = [
     "Answers",
@@ -30,7 +31,6 @@ __all__ = [
     "Text",
     "versions_line",
     "write_page",
-    "write_text",
 ]
 
 
@@ -168,23 +168,7 @@ def write_page(page: Page, path: str | os.PathLike[str]) -> Path:
     Returns:
         The file's path.
     """
-    return write_text(path, render(page))
-
-
-def write_text(path: str | os.PathLike[str], text: str) -> Path:
-    """Write a file whole or not at all: what stood there before stays until the new one is complete."""
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    handle, draft = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        Path(draft).chmod(0o644)
-        Path(draft).replace(target)
-    except BaseException:
-        Path(draft).unlink(missing_ok=True)
-        raise
-    return target
+    return write_whole(path, render(page))
 
 
 def render(page: Page) -> str:

@@ -13,13 +13,14 @@ from typing import Any
 
 import yaml
 
+from vestige.core.files import write_whole
 from vestige.core.ledger import Ledger
 from vestige.core.method import Method
 from vestige.errors import SpecError
 from vestige.evidence.erasure import ErasureAudit, Relearning, audit_erasure
 from vestige.evidence.runs.models import build, load_from, teach, tokenizer_of, without_bars
 from vestige.evidence.runs.sources import Row, chosen, encoded, examples
-from vestige.evidence.runs.spec import Erasing, read_spec, write_text
+from vestige.evidence.runs.spec import Erasing, read_spec
 from vestige.weights.erase.eraser import Eraser, Trace
 from vestige.weights.erase.retrain import Retrain
 
@@ -94,7 +95,7 @@ def run_erasure(
         return model
 
     # Written before anything is taught, so that a folder says what its models are.
-    write_text(spec.out / "erasure.yaml", yaml.safe_dump(json.loads(spec.model_dump_json()), sort_keys=False))
+    write_whole(spec.out / "erasure.yaml", yaml.safe_dump(json.loads(spec.model_dump_json()), sort_keys=False))
     before = taught("before", sets.learnt)
     model = taught("before", sets.learnt)
     reference = None
@@ -120,7 +121,7 @@ def run_erasure(
     )
     _save(model, tokenizer, spec.out / "erased")
     audit.report(spec.out / "report.html")
-    write_text(spec.out / "audit.json", json.dumps({"trace": _plain(trace), **audit.to_dict()}, indent=1))
+    write_whole(spec.out / "audit.json", json.dumps({"trace": _plain(trace), **audit.to_dict()}, indent=1))
     row = audit.row(trace.method, str(spec.model.load or "new"))
     Ledger(spec.out / "ledger.jsonl").append({**row, "report": trace.report, "erasing_seconds": trace.seconds})
     return Erased(spec.out, trace, audit, model)

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from vestige.core.files import write_whole
 from vestige.core.ledger import Ledger
 from vestige.errors import InputError, SpecError
 from vestige.evidence.runs.models import build, tokenizer_of
 from vestige.evidence.runs.sources import Examples, encoded, examples
-from vestige.evidence.runs.spec import Retaining, read_spec, write_text
+from vestige.evidence.runs.spec import Retaining, read_spec
 from vestige.weights.retain import ContinualRun, ContinualTrainer, Learner, Stream
 from vestige.weights.retain.padding import PadTokens
 
@@ -83,7 +84,7 @@ def run_retention(
     tokenizer = tokenizer_of(spec.model) if found.kind == "text" else None
     stream, collator = _stream(spec, found, tokenizer)
     general = list(found.test) if found.kind == "images" else [encoded(tokenizer)(r, "question") for r in found.test]
-    write_text(spec.out / "retention.yaml", yaml.safe_dump(json.loads(spec.model_dump_json()), sort_keys=False))
+    write_whole(spec.out / "retention.yaml", yaml.safe_dump(json.loads(spec.model_dump_json()), sort_keys=False))
     ledger = Ledger(spec.out / "ledger.jsonl")
     runs = {}
     for label, learner in zip(labels, learners, strict=True):

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
 
 import pydantic
-import yaml
 
-from vestige.core.method import did_you_mean
-from vestige.errors import InputError, SpecError
+from vestige.core.files import read_description
 
-__all__ = ["Data", "Erasing", "Learning", "Model", "Retaining", "read_spec", "write_text"]
+__all__ = ["Data", "Erasing", "Learning", "Model", "Retaining", "read_spec"]
 
 
 class _Part(pydantic.BaseModel):
@@ -159,55 +156,9 @@ def read_spec(kind: type[T], source: str | os.PathLike[str] | Mapping[str, Any] 
     """
     if isinstance(source, kind):
         return source
-    base = Path()
-    if isinstance(source, Mapping):
-        given = dict(source)
-    else:
-        assert isinstance(source, str | os.PathLike)
-        try:
-            text = Path(source).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"{os.fspath(source)!r} cannot be read: {error}") from error
-        try:
-            given = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise SpecError(f"{os.fspath(source)!r} is no YAML: {' '.join(str(error).split())}") from None
-        if not isinstance(given, dict):
-            raise SpecError(f"{os.fspath(source)!r} holds no fields; allowed: {', '.join(kind.model_fields)}")
-        base = Path(source).resolve().parent
-    given.update({name: value for name, value in changes.items() if value is not None})
-    try:
-        spec = kind(**given)
-    except pydantic.ValidationError as error:
-        raise SpecError(_first(error, kind)) from None
+    assert isinstance(source, str | os.PathLike | Mapping)
+    spec, base = read_description(kind, source, **changes)
     data: Data = spec.data  # type: ignore[attr-defined]
     if data.file is not None:
         data = data.model_copy(update={"file": base / data.file.expanduser()})
     return spec.model_copy(update={"out": base / spec.out.expanduser(), "data": data})  # type: ignore[attr-defined]
-
-
-def _first(error: pydantic.ValidationError, kind: type[_Part]) -> str:
-    first = error.errors()[0]
-    place = ".".join(str(part) for part in first["loc"])
-    if first["type"] == "extra_forbidden":
-        owner: Any = kind
-        for part in first["loc"][:-1]:
-            held = owner.model_fields[part].annotation
-            owner = next((a for a in getattr(held, "__args__", (held,)) if hasattr(a, "model_fields")), owner)
-        return f"unknown field {place!r}; {did_you_mean(str(first['loc'][-1]), owner.model_fields)}"
-    shown = "missing" if first["type"] == "missing" else repr(first["input"])
-    return f"field {place!r} is {shown}: {first['msg']}" if place else str(first["msg"])
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, draft = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        Path(draft).chmod(0o644)
-        Path(draft).replace(path)
-    except BaseException:
-        Path(draft).unlink(missing_ok=True)
-        raise

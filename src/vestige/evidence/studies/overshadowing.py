@@ -263,7 +263,7 @@ class OvershadowingGrowth(Study):
                 claim=shared,
                 quantity="rise of the rate for each doubling of the length",
                 measured=fitted("by length", self.lengths, 0),
-                at_least=0.01,
+                at_least=0.02,
             ),
             Finding(
                 claim=decoding,
