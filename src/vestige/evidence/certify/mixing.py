@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from vestige.core.method import Method
 from vestige.core.registry import registry
 from vestige.errors import SpecError
-from vestige.evidence.certify.suite import Case
+from vestige.evidence.certify.suite import Case, Seen, expect
 from vestige.evidence.references import reference_of
 from vestige.evidence.tasks.recall import PairRecall, Pairs
 from vestige.layers.layout import Layout
@@ -22,7 +22,19 @@ from vestige.layers.mixers.base import Mixer
 from vestige.layers.place import Place
 from vestige.layers.state import LayerState
 
-__all__ = ["LayerCase", "Recaller", "feed", "fitted", "flops_per_token", "forms", "lone", "redraw", "taught"]
+__all__ = [
+    "LayerCase",
+    "Recaller",
+    "costs_the_same_at_every_length",
+    "feed",
+    "fitted",
+    "flops_per_token",
+    "forms",
+    "lone",
+    "redraw",
+    "taught",
+    "tells_the_last_word",
+]
 
 HIDDEN, HEADS, CONTEXT, CHUNK = 16, 2, 64, 8
 
@@ -225,3 +237,23 @@ def flops_per_token(mixer: Mixer, length: int, place: Place | None = None) -> fl
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         layer(torch.zeros(1, length, place.hidden_size), layout)
     return counter.get_total_flops() / length
+
+
+def tells_the_last_word(case: LayerCase, **options: Any) -> Seen:
+    """Expect new values of keys written anew to be recalled more often than by linear attention, which cannot tell;
+    both are taught alike."""
+    task = PairRecall(pairs=4, rewritten=4)
+    mine, plain = case.recall(task, **options), case.recall(task, "linear-attention", **options)
+    seen = {"right answers": mine, "of linear attention": plain}
+    expect(min(mine) > max(plain), f"linear attention does as well: {seen}")
+    return seen
+
+
+def costs_the_same_at_every_length(case: LayerCase) -> Seen:
+    """Expect 2048 tokens read at once to take as many operations each as 256 do, and more by softmax attention."""
+    mine = [flops_per_token(case.method, length) for length in (256, 2048)]  # type: ignore[arg-type]
+    softmax = [flops_per_token(Mixer.from_spec("softmax"), length) for length in (256, 2048)]
+    seen = {"operations per token": mine, "of softmax attention": softmax}
+    expect(mine[1] <= 1.02 * mine[0], f"they grow: {seen}")
+    expect(softmax[1] > 2 * softmax[0], f"softmax attention's do not grow: {seen}")
+    return seen

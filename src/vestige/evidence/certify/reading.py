@@ -15,22 +15,26 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div
 
 from vestige.context.evict.full import Full
+from vestige.context.evict.streaming_llm import StreamingLLM
 from vestige.context.plan.windows import HeadWindows
 from vestige.context.policy import CachePolicy
 from vestige.core.anatomy import Anatomy
 from vestige.evidence.certify.caching import CacheCase, feed
-from vestige.evidence.certify.suite import NotApplicable
+from vestige.evidence.certify.suite import NotApplicable, Seen, expect
 from vestige.evidence.data.text import passages
 
 __all__ = [
     "BUDGET",
     "READ",
     "Reading",
+    "beats_a_window",
     "copying_loss",
     "divergence",
     "excess_loss_while_rolling",
+    "holds_more_attention",
     "planned",
     "read_on",
+    "reads_better_than_streaming",
 ]
 
 READ, GO_ON = 256, 32  # tokens read before the cut, and after it
@@ -85,6 +89,32 @@ def _read_on(lm: tuple[Any, Any], policy: CachePolicy, budget: int, seeds: tuple
         divergence = kl_div(after, full, reduction="none", log_target=True).sum(dim=-1).mean(dim=1)
     ages = torch.stack([_mean_age(positions) for positions in held])
     return Reading(torch.stack(shares).mean(dim=0), divergence, ages.mean(dim=0))
+
+
+def holds_more_attention(case: CacheCase, policy: CachePolicy) -> Seen:
+    """Expect entries kept to receive more of later tokens' attention than as many sinks and recent ones."""
+    mine, streaming = read_on(case, policy), read_on(case, StreamingLLM())
+    seen = {"share of attention kept": mine.share.tolist(), "by sinks and window": streaming.share.tolist()}
+    expect(bool((mine.share > streaming.share).all()), f"sinks and window hold as much: {seen}")
+    return seen
+
+
+def beats_a_window(case: CacheCase, policy: CachePolicy) -> Seen:
+    """Expect predictions nearer to those with the whole cache than with as many recent entries."""
+    mine, window = read_on(case, policy), read_on(case, StreamingLLM(sinks=0))
+    seen = {"divergence": mine.divergence.tolist(), "of a plain window": window.divergence.tolist()}
+    expect(bool((mine.divergence < window.divergence).all()), f"a window does as well: {seen}")
+    return seen
+
+
+def reads_better_than_streaming(case: CacheCase) -> Seen:
+    """Expect a policy that reads few of its entries to stay nearer to the model alone, token by token, than one that
+    keeps as many as sinks and a window, for each seed."""
+    mine = divergence(case, case.on_lm(budget=BUDGET), singly=True)
+    streaming = divergence(case, StreamingLLM(budget=BUDGET), singly=True)
+    seen = {"divergence": mine.tolist(), "of sinks and window": streaming.tolist()}
+    expect(bool((mine < streaming).all()), f"sinks and window do as well: {seen}")
+    return seen
 
 
 def _mean_age(positions: Tensor) -> Tensor:
