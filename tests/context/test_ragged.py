@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from vestige.context.attention import Look
-from vestige.context.cache import EMPTY, KeptCache, KeptLayer, Step
+from vestige.context.cache import KeptCache
 from vestige.context.evict.h2o import H2O
+from vestige.context.layer import EMPTY, KeptLayer, Step
 from vestige.context.plan.adaptive import Adaptive
 from vestige.context.plan.windows import ALL
 from vestige.context.policy import Ranking

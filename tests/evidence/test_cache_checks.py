@@ -114,7 +114,7 @@ def test_a_claim_of_fewer_bytes_is_found_out(monkeypatch):
 
 def test_a_view_into_a_larger_storage_is_found_out(monkeypatch):
     """Entries that are only hidden still take their bytes."""
-    from vestige.context.cache import KeptLayer
+    from vestige.context.layer import KeptLayer
 
     real = KeptLayer.keep
 

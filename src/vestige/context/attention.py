@@ -24,7 +24,7 @@ from vestige.errors import UnsupportedModelError
 from vestige.layers.ops.attention_mass import attention_mass, grouped, visible, within
 
 if TYPE_CHECKING:
-    from vestige.context.cache import KeptLayer, Step
+    from vestige.context.layer import KeptLayer, Step
     from vestige.context.policy import CachePolicy
 
 __all__ = ["Look", "Reading", "attend", "everything", "readable"]

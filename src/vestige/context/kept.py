@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from vestige.context.attention import attend
-from vestige.context.cache import KeptCache, KeptLayer
+from vestige.context.cache import KeptCache
+from vestige.context.layer import KeptLayer
 from vestige.context.policy import CachePolicy, Evict
 from vestige.context.rotary import Rotary
 from vestige.context.slots import GraphedForward

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from torch import Tensor, nn
 
 from vestige.context.attention import Look
-from vestige.context.cache import KeptCache, KeptLayer, Step, budget_tokens, per_row
+from vestige.context.cache import KeptCache, budget_tokens
+from vestige.context.layer import KeptLayer, Step, per_row
 from vestige.context.ragged_attention import StandIn
 from vestige.core.anatomy import Anatomy
 from vestige.core.method import Method, param

@@ -27,7 +27,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from vestige.context.cache import EMPTY, ROOM, KeptLayer, Step
+from vestige.context.layer import EMPTY, ROOM, KeptLayer, Step
 from vestige.errors import InputError
 
 __all__ = ["Aligned", "RaggedLayer", "Run", "Segments"]

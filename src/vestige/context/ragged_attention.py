@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from vestige.context.cache import KeptLayer, Step
+from vestige.context.layer import KeptLayer, Step
 from vestige.context.ragged import RaggedLayer
 
 if TYPE_CHECKING:

@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from vestige.context.cache import EMPTY, KeptCache, KeptLayer
+from vestige.context.cache import KeptCache
+from vestige.context.layer import EMPTY, KeptLayer
 
 if TYPE_CHECKING:
     from vestige.context.kept import Kept

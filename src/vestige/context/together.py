@@ -16,7 +16,8 @@ from typing import Any
 from torch import Tensor
 
 from vestige.context.attention import Look
-from vestige.context.cache import KeptCache, KeptLayer, Step
+from vestige.context.cache import KeptCache
+from vestige.context.layer import KeptLayer, Step
 from vestige.context.plan.sharing import Sharing
 from vestige.context.policy import CachePolicy
 from vestige.core.anatomy import Anatomy

@@ -146,7 +146,10 @@ def recommend(
         length: tokens of a context. Memory is scaled to the contexts that were measured: of ``4GB`` for contexts of
             16k tokens, those of 1k may use a sixteenth. Default: as measured.
         ledgers: files or folders.
-        out, device, dtype, progress: of the quick comparison.
+        out: folder of the quick comparison.
+        device: of the quick comparison, such as ``"cuda"``.
+        dtype: of the quick comparison, such as ``"bfloat16"``.
+        progress: show the progress of the quick comparison.
 
     Raises:
         SpecError: neither or both of ``memory`` and ``budget``, a model or task that the ledgers do not hold (with

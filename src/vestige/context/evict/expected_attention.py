@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vestige.context.attention import Look
-from vestige.context.cache import EMPTY, KeptLayer, Step
+from vestige.context.layer import EMPTY, KeptLayer, Step
 from vestige.context.policy import Evict
 from vestige.core.method import Paper, Verdict, param
 

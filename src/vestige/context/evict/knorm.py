@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vestige.context.cache import KeptLayer
+from vestige.context.layer import KeptLayer
 from vestige.context.policy import Evict
 from vestige.core.method import Paper, Verdict, param
 

@@ -8,7 +8,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from vestige.context.cache import KeptCache, KeptLayer, Step
+from vestige.context.cache import KeptCache
+from vestige.context.layer import KeptLayer, Step
 from vestige.context.policy import Evict
 from vestige.core.method import Paper, Verdict, param
 from vestige.errors import InputError, SpecError

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import avg_pool1d, max_pool1d
 
 from vestige.context.attention import Look
-from vestige.context.cache import EMPTY, KeptLayer, Step, per_row
+from vestige.context.layer import EMPTY, KeptLayer, Step, per_row
 from vestige.context.policy import Evict
 from vestige.core.method import Paper, Verdict, param
 from vestige.errors import SpecError

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from vestige.context.cache import EMPTY, KeptLayer, Step
+from vestige.context.layer import EMPTY, KeptLayer, Step
 from vestige.context.policy import Evict
 from vestige.core.method import Paper, Verdict, param
 

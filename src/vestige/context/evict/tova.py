@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from vestige.context.cache import KeptLayer
+from vestige.context.layer import KeptLayer
 from vestige.context.policy import AttentionMass
 from vestige.core.method import Paper, Verdict, param
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import torch
 from torch import Tensor
 
-from vestige.context.cache import KeptLayer
+from vestige.context.layer import KeptLayer
 from vestige.context.plan.windows import HeadWindows, Table, highest
 from vestige.context.ragged_attention import StandIn
 from vestige.core.anatomy import Anatomy

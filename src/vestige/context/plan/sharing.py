@@ -8,18 +8,19 @@ from typing import Any, Self
 
 from torch import Tensor
 
+from vestige.context.around import Around
 from vestige.context.attention import Look
-from vestige.context.cache import KeptCache, KeptLayer, Step
+from vestige.context.cache import KeptCache
 from vestige.context.evict.snapkv import SnapKV
+from vestige.context.layer import KeptLayer, Step
 from vestige.context.policy import CachePolicy, Ranking
-from vestige.core.anatomy import Anatomy
 from vestige.core.method import param
 from vestige.errors import SpecError
 
 __all__ = ["Sharing", "apportion"]
 
 
-class Sharing(Ranking):
+class Sharing(Around, Ranking):
     """A plan over a policy that evicts: the same score, the same total, unequal parts.
 
     Every question that the cache asks goes on to the policy, but for how its budget is shared out.
@@ -47,21 +48,6 @@ class Sharing(Ranking):
         assert ranking is not None
         return ranking
 
-    def _with(self, policy: CachePolicy) -> Self:
-        return self.replace(policy=policy)
-
-    @property
-    def needs_attention(self) -> bool:  # type: ignore[override]
-        return self.policy.needs_attention
-
-    @property
-    def needs_queries(self) -> bool:  # type: ignore[override]
-        return self.policy.needs_queries
-
-    @property
-    def needs_rotary(self) -> bool:  # type: ignore[override]
-        return self.policy.needs_rotary
-
     @property
     def comparable(self) -> bool:  # type: ignore[override]
         return self._inner.comparable
@@ -78,33 +64,18 @@ class Sharing(Ranking):
     def lag(self) -> int:  # type: ignore[override]
         return self._inner.lag
 
-    def check_model(self, anatomy: Anatomy) -> None:
-        self.policy.check_model(anatomy)
-
     def new_layer(self, cache: KeptCache, index: int) -> KeptLayer:
         return self.policy.new_layer(cache, index)
 
-    def with_budget(self, budget: int | float) -> Self:
-        return self._with(self.policy.with_budget(budget))
-
     def lossless(self, tokens: int) -> Self | None:
         policy = self.policy.lossless(tokens)
-        return None if policy is None else self._with(policy)
+        return None if policy is None else self.replace(policy=policy)
 
     def present(self, entries: KeptLayer, step: Step) -> None:
         self.policy.present(entries, step)
 
-    def places(self, entries: KeptLayer) -> Tensor:
-        return self.policy.places(entries)
-
     def respond(self, entries: KeptLayer, look: Look, step: Step, plain: Callable[[], Tensor]) -> Tensor:
         return self.policy.respond(entries, look, step, plain)
-
-    def observe(self, entries: KeptLayer, look: Look, step: Step) -> None:
-        self.policy.observe(entries, look, step)
-
-    def receive(self, entries: KeptLayer, share: Tensor, step: Step) -> None:
-        self.policy.receive(entries, share, step)
 
     def score(self, entries: KeptLayer) -> Tensor:
         return self._inner.score(entries)

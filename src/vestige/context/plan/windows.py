@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
-from vestige.context.cache import KeptLayer
+from vestige.context.layer import KeptLayer
 from vestige.context.policy import Ranking
 from vestige.core.anatomy import Anatomy
 from vestige.core.files import write_whole

@@ -14,7 +14,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from vestige.context.attention import Look, Reading, readable
-from vestige.context.cache import KeptLayer, Step, budget_tokens, per_row
+from vestige.context.cache import budget_tokens
+from vestige.context.layer import KeptLayer, Step, per_row
 from vestige.context.policy import CachePolicy
 from vestige.core.method import param
 from vestige.errors import SpecError

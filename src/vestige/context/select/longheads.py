@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from vestige.context.attention import Look, Reading
-from vestige.context.cache import EMPTY, KeptLayer, Step
+from vestige.context.layer import EMPTY, KeptLayer, Step
 from vestige.context.policy import CachePolicy
 from vestige.context.select.base import Select
 from vestige.core.anatomy import Anatomy

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity, max_pool1d, pad
 
 from vestige.context.attention import Look, Reading, everything
-from vestige.context.cache import EMPTY, KeptLayer, Step, per_row
+from vestige.context.layer import EMPTY, KeptLayer, Step, per_row
 from vestige.context.select.base import Picked, Select, last_row, strongest
 from vestige.core.method import Paper, Verdict, param
 from vestige.errors import SpecError

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from vestige.context.attention import Look, Reading, everything, readable
-from vestige.context.cache import KeptCache, KeptLayer, Step
+from vestige.context.cache import KeptCache
+from vestige.context.layer import KeptLayer, Step
 from vestige.context.select.base import Picked, Select, strongest
 from vestige.core.anatomy import Anatomy
 from vestige.core.method import Paper, Verdict, param

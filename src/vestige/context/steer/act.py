@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from vestige.context.attention import Look, everything
-from vestige.context.cache import EMPTY, KeptLayer, Step, per_row
+from vestige.context.layer import EMPTY, KeptLayer, Step, per_row
 from vestige.context.policy import CachePolicy
 from vestige.core.anatomy import Anatomy
 from vestige.core.method import Paper, Verdict, param

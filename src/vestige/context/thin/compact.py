@@ -15,11 +15,12 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from vestige.context.around import Around
 from vestige.context.attention import Look, Reading, readable
-from vestige.context.cache import EMPTY, ROOM, KeptCache, KeptLayer, Step
+from vestige.context.cache import KeptCache
 from vestige.context.evict.full import Full
+from vestige.context.layer import EMPTY, ROOM, KeptLayer, Step
 from vestige.context.policy import CachePolicy, Ranking
-from vestige.core.anatomy import Anatomy
 from vestige.core.method import param
 from vestige.errors import SpecError
 
@@ -29,7 +30,7 @@ Form = dict[str, Tensor]
 """Entries in compact form: tensors ``(batch, kv_heads, entries, ...)`` by name, ``keys ...`` and ``values ...``."""
 
 
-class Thin(CachePolicy):
+class Thin(Around):
     """A policy that holds old entries in a compact form, over one that says which entries there are."""
 
     policy: CachePolicy = param(factory=Full, help="what says which entries are kept")
@@ -78,41 +79,12 @@ class Thin(CachePolicy):
         keys, values = self.decode(layer, form)
         return (look.query, keys.to(layer.dtype)), values.to(layer.dtype)
 
-    # What goes on to the policy that says which entries there are.
-
     @property
     def ranking(self) -> Ranking | None:
         return self.policy.ranking
 
-    @property
-    def needs_attention(self) -> bool:  # type: ignore[override]
-        return self.policy.needs_attention
-
-    @property
-    def needs_queries(self) -> bool:  # type: ignore[override]
-        return self.policy.needs_queries
-
-    @property
-    def needs_rotary(self) -> bool:  # type: ignore[override]
-        return self.policy.needs_rotary
-
-    def check_model(self, anatomy: Anatomy) -> None:
-        self.policy.check_model(anatomy)
-
     def new_layer(self, cache: KeptCache, index: int) -> KeptLayer:
         return CompactLayer(cache, index, self)
-
-    def with_budget(self, budget: int | float) -> CachePolicy:
-        return self.replace(policy=self.policy.with_budget(budget))
-
-    def places(self, entries: KeptLayer) -> Tensor:
-        return self.policy.places(entries)
-
-    def observe(self, entries: KeptLayer, look: Look, step: Step) -> None:
-        self.policy.observe(entries, look, step)
-
-    def receive(self, entries: KeptLayer, share: Tensor, step: Step) -> None:
-        self.policy.receive(entries, share, step)
 
     def respond(self, entries: KeptLayer, look: Look, step: Step, plain: Callable[[], Tensor]) -> Tensor:
         if not step.decoding:

@@ -9,7 +9,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from vestige.context.attention import Look
-from vestige.context.cache import EMPTY, KeptLayer, Step
+from vestige.context.layer import EMPTY, KeptLayer, Step
 from vestige.context.policy import CachePolicy
 from vestige.context.thin.compact import CompactLayer, Form, Thin
 from vestige.core.method import Paper, Verdict, param

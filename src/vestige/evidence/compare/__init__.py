@@ -105,7 +105,10 @@ def compare(
         spec: a YAML file or a mapping with the fields of :class:`~vestige.evidence.compare.spec.Comparison`.
         out: folder for ``ledger.jsonl``; measurements found there are not repeated.
         engine: ``"local"``, one cell after the other in this process, or ``"ray"``, side by side.
-        workers, gpus, cpus, address: of Ray; see :class:`~vestige.evidence.engine.ray.RayEngine`.
+        workers: of Ray; see :class:`~vestige.evidence.engine.ray.RayEngine`, as for the next three.
+        gpus: for each worker.
+        cpus: for each worker.
+        address: of a Ray cluster.
         dry_run: check everything and estimate, and measure nothing.
         progress: print the estimate, and show a progress bar with the time left, on stderr.
         fields: fields of the comparison, in place of those of ``spec``.

@@ -49,7 +49,8 @@ class RayEngine:
     Args:
         make_worker: makes a worker; it runs in the worker's process.
         workers: how many; default: as many as the cluster has room for.
-        gpus, cpus: for each worker; a fraction lets several share a GPU.
+        gpus: for each worker; a fraction lets several share one.
+        cpus: for each worker.
         address: of a cluster; default: the one that the environment names (``RAY_ADDRESS``), else this machine.
 
     Raises:
