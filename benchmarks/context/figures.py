@@ -8,12 +8,17 @@ Plain SVG, readable on light and dark pages; every number in them stands in the 
 from __future__ import annotations
 
 import json
+import sys
 from collections import defaultdict
 from html import escape
 from pathlib import Path
 from statistics import mean
 
 HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+
+from drawing import svg, text  # noqa: E402
+
 OUT = HERE.parents[1] / "docs" / "figures"
 LENGTH = 512
 KEEP_ALL = ("recycled-attention", "tidal-decode", "longheads")  # what reads few entries and holds all is not drawn
@@ -30,24 +35,6 @@ COLOURS = {
     "expected-attention": "#2563eb",
     "quantised-cache": "#db2777",
 }
-STYLE = """
-  text { font: 13px system-ui, sans-serif; fill: #1f2937 }
-  .small { font-size: 11.5px } .title { font-weight: 600 }
-  .axis { stroke: #6b7280; stroke-width: 1 } .grid { stroke: #9ca3af; stroke-opacity: .3 }
-  .grey { stroke: #9ca3af; fill: none } .greydot { fill: #9ca3af } .bar { fill: #0f766e } .peer { fill: #9ca3af }
-  .floor { stroke: #dc2626; stroke-width: 2 }
-  @media (prefers-color-scheme: dark) { text { fill: #e5e7eb } .axis { stroke: #9ca3af } }
-"""
-
-
-def svg(width: int, height: int, parts: list[str], title: str) -> str:
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img">'
-    return "\n".join([head, f"<title>{escape(title)}</title>", f"<style>{STYLE}</style>", *parts, "</svg>"]) + "\n"
-
-
-def text(x: float, y: float, words: str, cls: str = "", anchor: str = "start", fill: str = "") -> str:
-    style = f' style="fill:{fill}"' if fill else ""
-    return f'<text x="{x:.1f}" y="{y:.1f}" class="{cls}" text-anchor="{anchor}"{style}>{escape(words)}</text>'
 
 
 def quality() -> dict[str, dict[str, list[tuple[float, float]]]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import sys
 import weakref
 from collections.abc import Callable
 from types import TracebackType
@@ -19,6 +18,7 @@ from vestige.context.policy import CachePolicy, Evict
 from vestige.context.rotary import Rotary
 from vestige.context.slots import GraphedForward
 from vestige.core.anatomy import Anatomy
+from vestige.core.own_attention import OwnAttention
 from vestige.core.patch import Patch
 from vestige.errors import InputError, PatchError, UnsupportedModelError
 
@@ -51,7 +51,7 @@ class Kept:
         self._lasting = True  # whether the running cache outlives its pass
         self._again = 0  # tokens that are read once more before those that come
         self._watchers: list[Callable[..., None]] = []
-        self._own = _OwnAttention(anatomy)
+        self._own = OwnAttention(anatomy.config._attn_implementation)
         owner = getattr(policy, "name", type(policy).__name__)  # Together has no name of its own
         self._patch = Patch(model, owner, claims={"kv-cache"})
         self._patch.attention(ATTENTION, _attention, _mask, part=anatomy.base)
@@ -283,21 +283,3 @@ class _Watch:
     def remove(self) -> None:
         if self._function in self._watchers:
             self._watchers.remove(self._function)
-
-
-class _OwnAttention:
-    """The attention and mask functions that the model used before."""
-
-    def __init__(self, anatomy: Anatomy) -> None:
-        from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-        name = anatomy.config._attn_implementation or "eager"
-        self._function = ALL_ATTENTION_FUNCTIONS.get(name)
-        self.mask = ALL_MASK_ATTENTION_FUNCTIONS[name]
-
-    def function(self, module: nn.Module) -> Callable[..., Any]:
-        """Registered ones by name; the eager one stands in the file that defines the attention module."""
-        if self._function is not None:
-            return self._function
-        return sys.modules[type(module).__module__].eager_attention_forward

@@ -137,10 +137,11 @@ class Interrupted(Exception):  # noqa: N818 (what happened)
 
 @learners.check("reference")
 def weights_are_the_references(case: LearnerCase) -> Seen:
-    """After three experiences of plain descent in float64 every weight is the reference's."""
+    """After three experiences of plain descent in float64 every weight is the reference's, those beside the model too."""
     module = reference_of(case.method.name)
     expect(module is not None, f"no reference for {case.method.name!r}")
-    learner, stream = case.fitted, case.stream()
+    stream = case.stream()
+    learner, states = _watched(case.fitted)
     model = small_vit(0).double().to(case.device)
     start = {name: p.detach().clone() for name, p in model.named_parameters()}
     parts = []
@@ -168,10 +169,25 @@ def weights_are_the_references(case: LearnerCase) -> Seen:
         num_train_epochs=EPOCHS,
     )
     case.learn(learner, model, stream, args, collator=_double)
-    worst = max(float((p.detach() - due[name]).abs().max()) for name, p in model.named_parameters())
-    moved = max(float((p.detach() - start[name]).abs().max()) for name, p in model.named_parameters())
+    found = {**{name: p.detach() for name, p in model.named_parameters()}, **states[0].learnt()}
+    worst = max(float((value - due[name]).abs().max()) for name, value in found.items())
+    moved = max(float((due[name] - start[name]).abs().max()) for name in start)
     expect(worst <= EXACT, f"weights differ from the reference by {worst:.3g}, having moved by {moved:.3g}")
-    return {"largest difference": worst, "largest movement": moved}
+    return {"largest difference": worst, "largest movement": moved, "beside the model": len(found) - len(start)}
+
+
+def _watched(learner: Learner) -> tuple[Learner, list[Running]]:
+    """A copy of a learner, and the list that its states are noted in."""
+    states: list[Running] = []
+    same = learner.replace()
+    make = same.run_state
+
+    def noted() -> Running:
+        states.append(make())
+        return states[-1]
+
+    object.__setattr__(same, "run_state", noted)
+    return same, states
 
 
 def _double(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
@@ -211,15 +227,7 @@ def _outside(model: torch.nn.Module) -> set[Any]:
 @learners.check("bytes")
 def bytes_are_what_the_learner_holds(case: LearnerCase) -> Seen:
     """The bytes reported are those of all tensors that the learner's state holds at the end."""
-    states: list[Running] = []
-    learner = case.method.replace()
-    make = learner.run_state
-
-    def noted() -> Running:
-        states.append(make())
-        return states[-1]
-
-    object.__setattr__(learner, "run_state", noted)
+    learner, states = _watched(case.method)
     model = small_vit(0).to(case.device)
     run = case.learn(learner, model, case.stream(), case.args())
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}

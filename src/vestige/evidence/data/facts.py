@@ -96,5 +96,5 @@ def countries() -> tuple[Fact, ...]:
 def _folder(package: str) -> Path:
     found = find_spec(package)
     if found is None or not found.submodule_search_locations:
-        raise MissingPackageError(package, "its facts")
+        raise MissingPackageError(package, "its facts", "pip install 'vestige[facts]'")
     return Path(found.submodule_search_locations[0])

@@ -66,6 +66,11 @@ def examples(data: Data) -> Examples:
 
         train, test = (_images(*part.tensors) for part in digits(data.seed, train=data.limit or 1000, test=400))
         return Examples("images", train, test, classes=10)
+    if data.name == "fashion-mnist":
+        from vestige.evidence.data.fashion import fashion
+
+        train, test = (_images(*part.tensors) for part in fashion(data.seed, train=data.limit or 5000, test=1000))
+        return Examples("images", train, test, classes=10)
     if data.name == "npz":
         return _own_images(data)
     rows = _lines(data.file) if data.name == "jsonl" else _facts(data)  # type: ignore[arg-type]

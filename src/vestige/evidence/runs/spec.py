@@ -22,8 +22,9 @@ class Data(_Part):
     """Where examples come from.
 
     Attributes:
-        name: ``digits`` (images, with scikit-learn), ``elements`` and ``countries`` (questions and answers, with
-            mendeleev and countryinfo), ``npz`` (images of your own), ``jsonl`` (questions and answers of your own).
+        name: ``digits`` (images, with scikit-learn), ``fashion-mnist`` (images, from Debian), ``elements`` and
+            ``countries`` (questions and answers, with mendeleev and countryinfo), ``npz`` (images of your own),
+            ``jsonl`` (questions and answers of your own).
         file: of ``npz``: arrays ``images`` (rows, channels, height, width), ``labels`` (rows,), and ``test_images`` and
             ``test_labels``. Of ``jsonl``: one object per line, with ``question`` and ``answer``, and where there is
             one ``paraphrase``, and further columns.
@@ -33,7 +34,7 @@ class Data(_Part):
         seed: of what is drawn.
     """
 
-    name: Literal["digits", "elements", "countries", "npz", "jsonl"]
+    name: Literal["digits", "fashion-mnist", "elements", "countries", "npz", "jsonl"]
     file: Path | None = None
     limit: int | None = pydantic.Field(None, ge=4)
     fields: list[str] | None = None

@@ -10,20 +10,22 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from vestige.errors import SpecError
+from vestige.errors import InputError, SpecError
 
 if TYPE_CHECKING:
     from vestige.weights.retain.learner import Running
     from vestige.weights.retain.session import Session
 
-__all__ = ["Checkpoints"]
+__all__ = ["Checkpoints", "read_tensors", "write_tensors"]
 
 STREAM, STATE, WEIGHTS, MARK = "stream.json", "learner.safetensors", "weights.safetensors", "complete"
 GENERATOR = "generator"
@@ -67,7 +69,7 @@ class Checkpoints:
     def put_state(self, place: Path, session: Session, running: Running) -> None:
         place.mkdir(parents=True, exist_ok=True)
         (place / MARK).unlink(missing_ok=True)
-        _save(place / STATE, {**running.tensors(), GENERATOR: session.generator.get_state()})
+        write_tensors(place / STATE, {**running.tensors(), GENERATOR: session.generator.get_state()})
 
     def state(self, place: Path, session: Session) -> dict[str, Tensor]:
         """The learner's state of a checkpoint; the generator goes on from there."""
@@ -77,7 +79,7 @@ class Checkpoints:
 
     def put_weights(self, place: Path, session: Session) -> None:
         place.mkdir(parents=True, exist_ok=True)
-        _save(place / WEIGHTS, _weights(session))
+        write_tensors(place / WEIGHTS, _weights(session))
 
     @torch.no_grad()
     def load_weights(self, place: Path, session: Session) -> None:
@@ -120,8 +122,33 @@ def _weights(session: Session) -> dict[str, Tensor]:
     return session.trainable() if hasattr(model, "peft_config") else every  # type: ignore[return-value]
 
 
-def _save(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write atomically; tensors that share storage are written one by one."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    save_file({name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}, draft)
-    draft.replace(path)
+def write_tensors(
+    path: str | os.PathLike[str], tensors: Mapping[str, Tensor], about: dict[str, str] | None = None
+) -> None:
+    """Write a safetensors file atomically; tensors that share storage are written one by one.
+
+    Args:
+        path: of the file.
+        tensors: by name.
+        about: what else the file says.
+    """
+    target = Path(path)
+    draft = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        save_file({n: t.detach().cpu().contiguous().clone() for n, t in tensors.items()}, draft, about)
+        draft.replace(target)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a safetensors file, and what else it says.
+
+    Raises:
+        InputError: no such file, or no safetensors.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{os.fspath(path)!r} cannot be read: {error}") from error

@@ -91,6 +91,10 @@ class Running:
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Take up a state that :meth:`tensors` gave."""
 
+    def learnt(self) -> dict[str, Tensor]:
+        """What was learnt beside the model's own weights, by name; it outlasts :meth:`finish`."""
+        return {}
+
     def nbytes(self) -> dict[str, int]:
         """Bytes held: ``replay_bytes`` of examples, ``state_bytes`` of statistics and copies of weights."""
         return {"replay_bytes": 0, "state_bytes": held(self.tensors())}
@@ -256,6 +260,9 @@ class _Together(Running):
         for n, state in enumerate(self.states):
             own = f"{n}:"
             state.load({key.removeprefix(own): value for key, value in tensors.items() if key.startswith(own)})
+
+    def learnt(self) -> dict[str, Tensor]:
+        return {f"{n}:{key}": value for n, state in enumerate(self.states) for key, value in state.learnt().items()}
 
     def nbytes(self) -> dict[str, int]:
         found = [state.nbytes() for state in self.states]

@@ -7,7 +7,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.func import functional_call
 from torch.nn import functional as F
 from torch.utils.data import Subset
 
@@ -17,7 +16,7 @@ from vestige.core.patch import Patch
 from vestige.errors import SpecError, UnsupportedModelError
 from vestige.weights.fisher import diagonal
 from vestige.weights.retain.learner import Batch, Learner, Running, snapshot
-from vestige.weights.retain.session import Session, is_classification, wide, without_labels
+from vestige.weights.retain.session import Session, is_classification, wide
 from vestige.weights.retain.stream import Experience
 
 __all__ = ["RehearsalFree"]
@@ -56,19 +55,17 @@ class _RehearsalFree(Running):
             raise SpecError(
                 f"head={self.learner.head!r} needs a stream that is split by class; allowed here: 'softmax'"
             )
-        logits = wide(outputs.logits)
-        own = sorted(set(session.experience.classes or ()) | set(batch["labels"].tolist()))
-        place = torch.searchsorted(torch.tensor(own, device=logits.device), batch["labels"])
+        logits, place = session.among_own(outputs.logits, batch["labels"])
         if self.learner.head == "current":
-            return F.cross_entropy(logits[:, own], place)
-        right = F.one_hot(place, len(own)).to(logits)
-        return F.binary_cross_entropy_with_logits(logits[:, own], right, reduction="none").sum(-1).mean()
+            return F.cross_entropy(logits, place)
+        right = F.one_hot(place, logits.shape[1]).to(logits)
+        return F.binary_cross_entropy_with_logits(logits, right, reduction="none").sum(-1).mean()
 
     def loss(self, session: Session, batch: Batch, outputs: Any, loss: Tensor) -> Tensor:
         if not self.anchor or not (self.learner.prediction or self.learner.feature):
             return loss
         mine = self.features
-        was = self._teacher(session, batch)
+        was = session.formerly(batch, self.anchor)
         if self.learner.prediction and session.experience.index:
             loss = loss + self.learner.prediction * self._distance(session, batch, outputs.logits, was.logits)
         if self.learner.feature:
@@ -77,11 +74,6 @@ class _RehearsalFree(Running):
             mask = batch.get("attention_mask") if gaps.ndim == 2 else None
             loss = loss + self.learner.feature * (gaps.mean() if mask is None else gaps[mask.bool()].mean())
         return loss
-
-    def _teacher(self, session: Session, batch: Batch) -> Any:
-        """What the model answered before this experience: the model itself, with the weights of then put in."""
-        with session.evaluating(), session.autocast():
-            return functional_call(session.model, self.anchor, (), without_labels(batch))
 
     def _distance(self, session: Session, batch: Batch, now: Tensor, then: Tensor) -> Tensor:
         """How far the answers on what was known have moved, mean over rows (or tokens)."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
     from vestige.weights.retain.stream import Experience, Stream
 
-__all__ = ["Collate", "Session", "is_classification", "wide", "without_labels"]
+__all__ = ["Collate", "Session", "evaluating", "is_classification", "wide", "without_labels"]
 
 
 class Collate:
@@ -117,6 +118,19 @@ class Session:
             shut[experience.index, list(experience.classes or ())] = False
         return logits.masked_fill(shut[tasks.cpu()].to(logits.device), torch.finfo(logits.dtype).min)
 
+    def among_own(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits (batch, own) of this experience's classes alone, and where each row's label stands among them.
+
+        Labels that strayed into the batch from other experiences count as its own.
+        """
+        own = sorted(set(self.experience.classes or ()) | set(labels.tolist()))
+        return wide(logits)[:, own], torch.searchsorted(torch.tensor(own, device=labels.device), labels)
+
+    def formerly(self, batch: dict[str, Tensor], weights: dict[str, Tensor]) -> Any:
+        """What the model answers with former weights in the place of its own; no second model is held."""
+        with self.evaluating(), self.autocast():
+            return functional_call(self.model, weights, (), without_labels(batch))
+
     def trainable(self) -> dict[str, nn.Parameter]:
         """The parameters that are trained, by name."""
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
@@ -134,11 +148,12 @@ class Session:
 
     def evaluating(self) -> AbstractContextManager[None]:
         """No dropout and no gradients inside the block."""
-        return _evaluating(self.model)
+        return evaluating(self.model)
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model without dropout and gradients inside the block; each part then is in the mode that it was in."""
     modes = {part: part.training for part in model.modules()}
     model.eval()
     try:

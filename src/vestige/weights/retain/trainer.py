@@ -51,6 +51,9 @@ class ContinualTrainer:
         model_name: what the ledger calls the model.
         callbacks: for each ``Trainer``.
 
+    Attributes:
+        running: the learner's state of the last run, with what it learnt beside the model's own weights.
+
     Raises:
         SpecError: wrong arguments.
         InputError: the learner needs general samples, and none were given.
@@ -88,6 +91,7 @@ class ContinualTrainer:
         self.general = None if general is None else Rows(general, range(len(general)), -1, _main_input(model))
         self.held_out = None if held_out is None else Rows(held_out, range(len(held_out)), -1, _main_input(model))
         self.ledger, self.model_name, self.callbacks = ledger, model_name, list(callbacks)
+        self.running: Running | None = None
 
     def run(self, stream: Stream, *, resume: bool = False) -> ContinualRun:
         """Learn the stream.
@@ -105,7 +109,7 @@ class ContinualTrainer:
         """
         self._check(stream)
         session = Session(self.model, stream, self.args, self.collate, self.general)
-        running = self.learner.run_state()
+        running = self.running = self.learner.run_state()
         scores = _Scores(stream, self.learner.spec(), self.args.seed)
         # Before anything is changed on the model, so that a wrong folder costs nothing.
         folder = Checkpoints(self.args.output_dir) if _saves(self.args) else None
