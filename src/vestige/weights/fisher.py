@@ -211,9 +211,10 @@ class _Watch(TorchFunctionMode):
             out = self._tapped(args[0], weight, None)
             bias = args[2] if len(args) > 2 else kwargs.get("bias")
             return out if bias is None else out + bias
-        if id(weight) in self.taps and func is F.embedding:  # which hands on its options by name
-            if kwargs.get("max_norm") is None and not kwargs.get("scale_grad_by_freq"):
-                return self._tapped(args[0], weight, kwargs.get("padding_idx"))
+        # An embedding hands on its options by name; with these two its gradient is another.
+        options = (kwargs.get("max_norm"), kwargs.get("scale_grad_by_freq"))
+        if id(weight) in self.taps and func is F.embedding and not any(options):
+            return self._tapped(args[0], weight, kwargs.get("padding_idx"))
         out = func(*args, **kwargs)
         if _holds_tensor(out):  # sizes and kinds may be asked for
             for used in _flat((*args, *kwargs.values())):
