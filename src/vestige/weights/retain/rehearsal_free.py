@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.utils.data import Subset
 
 from vestige.core.anatomy import Anatomy
-from vestige.core.method import Paper, param
+from vestige.core.method import Paper, Verdict, param
 from vestige.core.patch import Patch
 from vestige.errors import SpecError, UnsupportedModelError
 from vestige.weights.fisher import diagonal
@@ -182,6 +182,11 @@ class RehearsalFree(Learner):
         arxiv="2203.17269",
         venue="CVPR Workshops 2023",
         equations="section 3 (EWC, L2, prediction and feature distillation), section 5 (attention blocks alone)",
+    )
+    verdict = Verdict(
+        "reproduced",
+        "prediction distillation on split digits, class-incremental, small ViT: 30%, 52%, 50% right at the end on "
+        "seeds 0-2, 32%, 40%, 47% on seeds 10-12, where fine-tuning ends at 20%, 18%, 16% and 18%, 17%, 32%",
     )
 
     l2: int | float = param(0.0, "weight of the distance of the weights", ge=0)
