@@ -1,6 +1,6 @@
 """Draw the figures of docs/choosing.md from the results beside this script.
 
-    python benchmarks/context/figures.py            # into docs/figures
+    python benchmarks/context/figures.py            # into docs/figures; those of the catalogue: benchmarks/figures.py
 
 Plain SVG, readable on light and dark pages; every number in them stands in the JSON files.
 """
@@ -55,9 +55,17 @@ def quality() -> dict[str, dict[str, list[tuple[float, float]]]]:
 
 
 def panel(
-    curves: dict[str, list[tuple[float, float]]], left: float, title: str, low: float, high: float, ticks: list[float]
+    curves: dict[str, list[tuple[float, float]]],
+    left: float,
+    title: str,
+    low: float,
+    high: float,
+    ticks: list[float],
+    colours: dict[str, str] = COLOURS,
+    top: float = 46.0,
+    bottom: float = 330.0,
+    width: float = 330.0,
 ) -> list[str]:
-    top, bottom, width = 46.0, 330.0, 330.0
 
     def x(share: float) -> float:
         return left + width * share / 1.1
@@ -65,7 +73,7 @@ def panel(
     def y(value: float) -> float:
         return bottom - (bottom - top) * (value - low) / (high - low)
 
-    parts = [text(left, 22, title, "title")]
+    parts = [text(left, top - 24, title, "title")]
     for tick in ticks:
         parts.append(f'<line class="grid" x1="{left}" x2="{left + width}" y1="{y(tick):.1f}" y2="{y(tick):.1f}"/>')
         parts.append(text(left - 8, y(tick) + 4, f"{tick:g}", "small", "end"))
@@ -76,8 +84,8 @@ def panel(
     whole = curves["full"][0][1]
     parts.append(f'<line class="axis" stroke-dasharray="4 4" x1="{left}" x2="{left + width}" y1="{y(whole):.1f}" '
                  f'y2="{y(whole):.1f}"/>')  # fmt: skip
-    for policy in sorted(curves, key=lambda name: name in COLOURS):
-        colour = COLOURS.get(policy)
+    for policy in sorted(curves, key=lambda name: name in colours):
+        colour = colours.get(policy)
         line = " ".join(f"{x(share):.1f},{y(score):.1f}" for share, score in curves[policy])
         drawn = f'style="stroke:{colour};fill:none;stroke-width:2"' if colour else 'class="grey"'
         parts.append(f'<polyline {drawn} points="{line}"><title>{escape(policy)}</title></polyline>')

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from itertools import groupby
+from pathlib import Path
 
 import mkdocs_gen_files
 
 from vestige.core.registry import MethodCard, registry
+
+FIGURES = Path(__file__).resolve().parent.parent / "figures" / "methods"  # drawn by benchmarks/figures.py
 
 
 def cell(text: object) -> str:
@@ -29,7 +32,10 @@ def lines(cards: list[MethodCard]) -> list[str]:
         "",
         f"{len(cards)} methods, written from the registry when these pages were built. The same on your machine: "
         "`vestige methods`, and `vestige show NAME` for one. A *verdict* says whether the paper's claim was seen here: "
-        "*reproduced*, *not reproduced*, *not checkable here* or *not yet checked*.",
+        "*reproduced*, *not reproduced*, *not checkable here* or *not yet checked*. Figures show what was measured of "
+        "a method beside its kind, on CPUs and one small model: policies on SmolLM2 with 512 tokens "
+        "([choosing](choosing.md)), mixers in small models that are trained for the purpose "
+        "([compare](compare.md#layers)), studies at small scale ([studies](studies.md)).",
         "",
         "| method | room | year | verdict |",
         "|---|---|---|---|",
@@ -43,6 +49,8 @@ def lines(cards: list[MethodCard]) -> list[str]:
             text += ["", f"### {card.name} {{ #{card.name} }}", "", card.idea, "", f"*Paper:* {paper(card)}", ""]
             seen = f": {card.verdict.seen}" if card.verdict.seen else ""
             text += [f"*Verdict:* {card.verdict.status}{seen}", ""]
+            if (FIGURES / f"{card.name}.svg").exists():
+                text += [f"![{card.name}: what was measured](figures/methods/{card.name}.svg){{ width=480 }}", ""]
             parameters = registry.load(card.name).parameters()
             if parameters:
                 text += ["| parameter | type | default | allowed | what it is |", "|---|---|---|---|---|"]

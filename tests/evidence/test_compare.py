@@ -241,8 +241,10 @@ def test_what_the_documentation_shows_is_right(tmp_path):
 
     root = Path(__file__).resolve().parents[2]
     page, example = (root / "docs/compare.md").read_text(), root / "examples/compare-context.yaml"
-    (shown,) = re.findall(r"^```yaml\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
-    assert yaml.safe_load(shown) == yaml.safe_load(example.read_text())
+    shown = re.findall(r"^```yaml\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    examples = [example, root / "examples/compare-layers.yaml"]
+    assert [*map(yaml.safe_load, shown)] == [yaml.safe_load(path.read_text()) for path in examples]
+    assert len(read_spec(examples[1]).methods) >= 6
     chosen = read_spec(example)
     assert len(chosen.methods) >= 7 and len(chosen.seeds) == 3
     (tmp_path / "compare.yaml").write_text(GOOD.replace("0.9", "9.5"))

@@ -13,7 +13,7 @@ from vestige.evidence.studies.small_lm import Mixing, SmallLM, crops, loss_on, t
 
 def model_of(*layers: Mixing, parallel: bool = False) -> SmallLM:
     torch.manual_seed(0)
-    return SmallLM(layers, hidden=16, heads=2, length=12, parallel=parallel)
+    return SmallLM(layers, hidden=16, heads=2, length=12, fixed_text=text(5)[0], parallel=parallel)
 
 
 def text(seed: int = 1) -> torch.Tensor:
@@ -44,10 +44,25 @@ def test_a_fixed_sequence_gives_every_text_the_same_weights():
         seen: list[torch.Tensor] = []
         if name != NO_MIXING:
             model_of(mixing)(text(), seen)
-            assert torch.equal(seen[0][0], seen[0][1]) == (name == FIXED), name
+            assert torch.equal(seen[0][0], seen[0][1]) == (name in FIXED), name
 
 
-@pytest.mark.parametrize("form", ["softmax", "taylor", "elu", "sigmoid"])
+def test_what_is_fixed_passes_through_the_layers_beside_the_text():
+    """Read the fixed text itself, and attention is what standard attention with the same weights would be."""
+    standard, fixed = (model_of(mixing, mixing) for mixing in (Mixing(), Mixing(source="fixed text")))
+    same, other = text(5)[:1], text(6)[:1]
+    assert torch.allclose(standard(same), fixed(same), atol=1e-5)
+    assert not torch.allclose(standard(other), fixed(other), atol=1e-2)
+
+
+def test_the_other_form_gives_all_queries_the_same_proportions():
+    seen: list[torch.Tensor] = []
+    model_of(Mixing(form="gated"))(text(), seen)
+    early, late = seen[0][:, :, 5, :6], seen[0][:, :, 11, :6]
+    assert torch.allclose(early, late / late.sum(-1, keepdim=True), atol=1e-6)
+
+
+@pytest.mark.parametrize("form", ["softmax", "taylor", "gated", "sigmoid"])
 def test_weights_are_causal_and_normalised_but_for_sigmoid(form):
     q, k = (torch.randn(2, 3, 9, 8, generator=torch.Generator().manual_seed(s)) for s in (0, 1))
     weights = weights_of(q, k, form)
@@ -57,7 +72,8 @@ def test_weights_are_causal_and_normalised_but_for_sigmoid(form):
 
 def test_all_variants_have_the_same_parameters_and_half_of_a_hybrid_is_standard():
     study = DeconstructedAttention(layers=4)
-    sizes = {sum(p.numel() for p in SmallLM(layers, 16, 2, 8).parameters()) for layers in study.runs().values()}
+    models = [SmallLM(layers, 16, 2, 8, fixed_text=text()[0, :8]) for layers in study.runs().values()]
+    sizes = {sum(p.numel() for p in model.parameters()) for model in models}
     assert len(sizes) == 1
     for (name, where), layers in study.runs().items():
         changed = sum(mixing != Mixing() for mixing in layers)
@@ -86,6 +102,8 @@ def test_echoes_come_after_triggers_only():
 def test_unknown_mixing_and_odd_layers_are_refused():
     with pytest.raises(SpecError, match="unknown mixing"):
         Mixing(form="sofmax")
+    with pytest.raises(SpecError, match="need one"):
+        SmallLM([Mixing(source="fixed text")], hidden=16, heads=2, length=12)
     with pytest.raises(SpecError, match="'layers' is 3"):
         DeconstructedAttention(layers=3)
     with pytest.raises(SpecError, match="'heads' is 5"):

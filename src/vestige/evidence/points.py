@@ -30,7 +30,7 @@ class Point:
         budget: as it was asked for; empty for a method that has none.
         spec: of the method, the budget in its own terms.
         values: of every example, by seed and place.
-        length: tokens of a context.
+        length: tokens of a context, or of a row; 0 where there are none.
         kv_bytes: held per context, as a mean.
         seconds_per_token, prefill_seconds: median over the seeds that were timed; ``None`` where none was.
         keys: of the rows.
@@ -149,12 +149,15 @@ def shown(value: float, metric: str) -> str:
     return f"{100 * value:.0f}%" if metric == "accuracy" else f"{value:.3g}"
 
 
+_ASIDE = ("batch", "timed", "device", "dtype")  # of a cell, what does not change what is found
+
+
 def _identity(row: Mapping[str, Any]) -> list[Any] | None:
     """What rows of one point have in common; None for a row that is no measurement of a method on a task."""
     if row.get("study") == "compare" and "scored" in row:
         cell = row["cell"]
-        same = ("model", "label", "task_label", "budget", "equal", "examples", "question_known", "given")
-        return [cell.get(name) if cell["budget"] is not None or name != "equal" else None for name in same]
+        apart = {"seed", *_ASIDE} | ({"equal"} if cell["budget"] is None else set())
+        return [cell[name] for name in sorted(cell) if name not in apart]
     if row.get("study") == "audit" and "found" in row.get("metrics", {}):
         return [row["model"], row["method"], row["task"]["length"], row["metrics"]["budget"]]
     return None
@@ -177,7 +180,7 @@ def _point(rows: Sequence[Mapping[str, Any]]) -> Point:
         budget="" if first["budget"] is None else first["budget"]["asked"],
         spec=first["method"],
         values=values,
-        length=first["task"]["length"],
+        length=first["task"].get("length", 0),
         kv_bytes=statistics.fmean(row["kv_bytes"] for row in rows),
         seconds_per_token=_median(rows, "decode_seconds_per_token"),
         prefill_seconds=_median(rows, "prefill_seconds"),

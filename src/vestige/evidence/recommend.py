@@ -23,6 +23,13 @@ QUICK: dict[str, Any] = {
     "timed": 8,
 }
 """What is compared where nothing has been measured."""
+USES = {
+    "attach": "{}.attach(model)",
+    "build": "vestige.models.VestigeConfig(blocks=[{}])",
+    "erase": "{}.erase(model, forget=..., retain=...)",
+    "run_state": "vestige.weights.retain.ContinualTrainer(model, {})",
+}
+"""What is done with a method, by the verb that its family has."""
 QUICK_LENGTH = 256  # tokens of the contexts of that comparison
 
 
@@ -60,7 +67,19 @@ class Recommendation:
         parameters = "".join(
             f", {name}={value!r}" for name, value in spec.items() if name == "budget" or self._set(name)
         )
-        return f"vestige.method({self.point.spec['name']!r}{parameters}).attach(model)"
+        built = f"vestige.method({self.point.spec['name']!r}{parameters})"
+        return self._form.format(built)
+
+    @property
+    def _form(self) -> str:
+        """How a method of this kind is used; as a policy is where a ledger names what is not known here."""
+        from vestige.core.registry import registry
+
+        try:
+            known = registry.load(self.point.spec["name"])
+        except SpecError:
+            return USES["attach"]
+        return next((form for verb, form in USES.items() if hasattr(known, verb)), "{}")
 
     def _set(self, name: str) -> bool:
         """Whether a parameter is not at its default."""

@@ -1,4 +1,4 @@
-"""The comparison: methods x budgets x tasks x models x seeds, at equal bytes or equal time.
+"""The comparison: methods x tasks x models x seeds; of cache policies also x budgets, at equal bytes or equal time.
 
 Every cell is a row of the folder's ledger, under a key made of all that it depends on, with the command that measures
 it again. What is there already is not measured again: a killed comparison goes on where it was. A cell that fails is
@@ -7,19 +7,18 @@ recorded with its error, and tried again by the next run.
 
 from __future__ import annotations
 
-import functools
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vestige.core.ledger import Ledger
-from vestige.errors import EngineError, InputError, ModelError, SpecError
+from vestige.errors import EngineError, InputError, SpecError
 from vestige.evidence.engine.record import Record, progress_bar
 
 if TYPE_CHECKING:
-    from vestige.evidence.compare.plan import Cell, Facts, Job, Way
+    from vestige.evidence.compare.plan import Cell
     from vestige.evidence.compare.spec import Comparison
     from vestige.evidence.engine.engine import Engine
 
@@ -36,7 +35,7 @@ class Estimate:
     Attributes:
         cells: in all.
         missing: those that the ledger lacks.
-        readings: passes over contexts that they need, each of all examples of a seed.
+        readings: jobs that they come to: passes over contexts, each of all examples of a seed; or trained models.
         seconds: about, on one worker.
     """
 
@@ -94,15 +93,18 @@ def compare(
     progress: bool = True,
     **fields: Any,
 ) -> CompareResult:
-    """Measure every method under every budget, on every task, with every model and seed.
+    """Measure every method on every task, with every model and seed; cache policies under every budget.
 
     ::
 
         vestige.compare("compare.yaml")
         vestige.compare(models="smollm2", tasks="needle", methods=["h2o", "snapkv"], budgets=[0.25, 0.5])
+        vestige.compare(tasks="mqar", methods=["softmax", "delta-net"], steps=2000)
 
     Args:
-        spec: a YAML file or a mapping with the fields of :class:`~vestige.evidence.compare.spec.Comparison`.
+        spec: a YAML file or a mapping. Its fields go with its tasks: those that read a context have the fields of
+            :class:`~vestige.evidence.compare.context.ContextComparison`, those that a model is trained on the fields
+            of :class:`~vestige.evidence.compare.training.TrainingComparison`.
         out: folder for ``ledger.jsonl``; measurements found there are not repeated.
         engine: ``"local"``, one cell after the other in this process, or ``"ray"``, side by side.
         workers: of Ray; see :class:`~vestige.evidence.engine.ray.RayEngine`, as for the next three.
@@ -119,8 +121,7 @@ def compare(
         InputError: a file cannot be read, or ``out`` is no folder.
         LedgerError: the ledger cannot be read or written.
     """
-    from vestige.evidence.compare.plan import Way, cells_of, check_limits, jobs_of
-    from vestige.evidence.compare.spec import read_spec
+    from vestige.evidence.compare.spec import lines_of, read_spec
 
     chosen = read_spec(fields if spec is None else spec)
     if spec is not None and fields:
@@ -128,32 +129,27 @@ def compare(
     folder = Path(out).expanduser()
     if folder.exists() and not folder.is_dir():
         raise InputError(f"out is {str(out)!r}, which is no folder")
-    pairs, names = _named(chosen.models)
-    way = Way.of(chosen)
-    running = _engine(engine, pairs, workers=workers, gpus=gpus, cpus=cpus, address=address)
+    running = _engine(engine, chosen, workers=workers, gpus=gpus, cpus=cpus, address=address)
     try:
-        facts = {name: _facts(running, name, way, spec) for name in names}
-        for name in names:
-            check_limits(chosen, name, facts[name])
-        cells = [cell.keyed(way, facts[cell.model].given) for cell in cells_of(chosen, names)]
+        plan = chosen.plan(running.ask, lines_of(spec))
+        cells = plan.cells
         _unique(cells)
         known = _known(folder / LEDGER)
         missing = [cell for cell in cells if cell.key not in known]
-        jobs = jobs_of(missing, way, chosen.seeds[0])
-        seconds = sum(job.work * facts[job.model].seconds_per_token for job in jobs)
-        estimate = Estimate(len(cells), len(missing), len(jobs), seconds)
+        jobs = plan.jobs(missing)
+        total = sum(job.seconds for job in jobs)
+        estimate = Estimate(len(cells), len(missing), len(jobs), total)
         if progress:
             _announce(estimate, running)
         if dry_run:
             return CompareResult(Ledger(folder / LEDGER), estimate, (), 0)
         record = Record(folder / LEDGER)
         failed: dict[str, dict[str, Any]] = {}
-        total = sum(job.work for job in jobs)
         with progress_bar("compare", total, progress) as advance:
             for done in running.run(jobs):
-                for row in done.rows if done.rows is not None else _lost(done.job, done.reason, facts):
-                    _keep(record, failed, row, None if pairs else folder / LEDGER)
-                advance(done.job.work, done.job.says)
+                for row in done.rows if done.rows is not None else _lost(done.job.cells, done.reason):
+                    _keep(record, failed, row, None if chosen.pairs else folder / LEDGER)
+                advance(done.job.seconds, done.job.says)
     finally:
         running.close()
     found = {**failed, **record.known}
@@ -169,8 +165,7 @@ def rerun(ledger: str | os.PathLike[str], key: str) -> Rerun:
         SpecError: no such row, or one that is no comparison's; its task or method is unknown here or of another
             version; or the model has other weights now.
     """
-    from vestige.evidence.compare.plan import Cell, Job
-    from vestige.evidence.compare.work import Worker
+    from vestige.evidence.compare.kinds import kind_of
 
     path = Path(ledger)
     if not path.is_file():
@@ -184,28 +179,10 @@ def rerun(ledger: str | os.PathLike[str], key: str) -> Rerun:
     before = rows[key]
     if "cell" not in before:
         raise SpecError(f"the row {key!r} is no cell of a comparison")
-    cell, way = Cell.read(before["cell"], key)
-    worker = Worker()
-    known = worker.facts(cell.model, way.dtype, way.device).given
-    recorded = before["cell"]["given"]
-    if recorded and known["weights"] != recorded["weights"]:
-        raise SpecError(f"{cell.model} has other weights now than in the row {key!r}")
-    return Rerun(before, worker.run(Job(cells=(cell,), way=way))[0])
+    return Rerun(before, kind_of(before["cell"]["task"]).again(before["cell"], key))
 
 
-def _named(models: tuple[Any, ...]) -> tuple[dict[str, tuple[Any, Any]], list[str]]:
-    """Models that were given as objects, by name, and the names of all."""
-    from vestige.evidence.engine.bench import load_pair
-
-    pairs = {load_pair(model, None, None)[0]: model for model in models if isinstance(model, tuple)}
-    names = [load_pair(model, None, None)[0] if isinstance(model, tuple) else os.fspath(model) for model in models]
-    for name in names:
-        if names.count(name) > 1:
-            raise SpecError(f"field 'models' holds {name!r} twice")
-    return pairs, names
-
-
-def _engine(engine: str, pairs: dict[str, tuple[Any, Any]], **of_ray: Any) -> Engine:
+def _engine(engine: str, chosen: Comparison, **of_ray: Any) -> Engine:
     from vestige.core.method import did_you_mean
 
     if engine not in ENGINES:
@@ -214,32 +191,12 @@ def _engine(engine: str, pairs: dict[str, tuple[Any, Any]], **of_ray: Any) -> En
         from vestige.evidence.engine.ray import RayEngine, check_ray
 
         check_ray(of_ray["workers"], of_ray["gpus"], of_ray["cpus"])
-        if pairs:
+        if chosen.pairs:
             raise SpecError("engine 'ray' needs models by name or folder: its workers load their own")
-        from vestige.evidence.compare.work import Worker
-
-        return RayEngine(Worker, **of_ray)
-    from vestige.evidence.compare.work import Worker
+        return RayEngine(chosen.worker(), **of_ray)
     from vestige.evidence.engine.local import LocalEngine
 
-    return LocalEngine(functools.partial(Worker, pairs))
-
-
-def _facts(running: Engine, name: str, way: Way, spec: Any) -> Facts:
-    """What is known of a model; that it cannot be loaded is an error of the description."""
-    try:
-        return running.ask("facts", name, way.dtype, way.device)
-    except ModelError as error:
-        raise SpecError(f"{_line_of(spec, name)}{error}") from error
-
-
-def _line_of(spec: Any, name: str) -> str:
-    """``file:line: `` of a model's name in a file."""
-    if not isinstance(spec, str | os.PathLike):
-        return ""
-    from vestige.evidence.compare.spec import lines_of
-
-    return lines_of(spec).of_value("models", name)
+    return LocalEngine(chosen.worker())
 
 
 def _unique(cells: list[Cell]) -> None:
@@ -276,12 +233,9 @@ def _quoted(path: Path) -> str:
     return shlex.quote(str(path))
 
 
-def _lost(job: Job, reason: str, facts: Mapping[str, Facts]) -> list[dict[str, Any]]:
+def _lost(cells: Iterable[Cell], reason: str) -> list[dict[str, Any]]:
     """Rows of a job that no worker survived."""
-    from vestige.evidence.compare.work import failed
-
-    error = EngineError(reason)
-    return [failed(cell, job.way, facts[cell.model].given, error) for cell in job.cells]
+    return [cell.failed(EngineError(reason)) for cell in cells]
 
 
 def _announce(estimate: Estimate, running: Engine) -> None:
@@ -293,7 +247,7 @@ def _announce(estimate: Estimate, running: Engine) -> None:
     beside = f" on {workers} workers" if workers > 1 else ""
     Console(stderr=True).print(
         f"{estimate.cells} cells, {there} of them in the ledger; {estimate.missing} to measure in "
-        f"{estimate.readings} readings{beside}: {left}",
+        f"{estimate.readings} jobs{beside}: {left}",
         highlight=False,
     )
 

@@ -4,103 +4,94 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import pydantic
 import yaml
 
-from vestige.context.evict.full import Full
-from vestige.context.policy import CachePolicy
-from vestige.core.method import did_you_mean
+from vestige.core.spec import did_you_mean
 from vestige.errors import SpecError
-from vestige.evidence.amounts import Amount, Unit
-from vestige.evidence.budgets import label
-from vestige.evidence.tasks.task import ContextTask
 
-__all__ = ["Comparison", "Lines", "lines_of", "read_spec"]
+if TYPE_CHECKING:
+    from vestige.evidence.compare.plan import Ask, Plan
+    from vestige.evidence.tasks.task import Task
 
-Equal = Literal["bytes", "entries", "time"]
-UNITS: dict[str, tuple[Unit, ...]] = {
-    "bytes": ("share", "bytes"),
-    "entries": ("share", "entries"),
-    "time": ("share", "seconds"),
-}
+__all__ = ["Comparison", "Lines", "PlacedError", "lines_of", "read_spec"]
+
+LISTS = ("models", "tasks", "methods", "seeds")
 
 
 class Comparison(pydantic.BaseModel):
-    """Methods x budgets x tasks x models x seeds. Every field may stand in the YAML file.
+    """What every comparison has: methods x tasks x models x seeds. Every field may stand in the YAML file.
+
+    There is a kind for each family of tasks; it says which methods and models they go with, and what else there is to
+    say.
+
+    Class attributes
+        family: the tasks of the kind.
+        about: what they are called.
 
     Attributes:
-        models: what :func:`vestige.models.load` takes; from Python also pairs of a model and its tokenizer.
-        tasks: tasks that read a context, by name or spec.
-        methods: cache policies, by name or spec; ``full`` is always among them, as the measure of the others.
-        budgets: what a method may use: shares (``0.25``) of what the full cache takes, or amounts (see ``equal``).
-        equal: what the methods get equal amounts of: ``bytes`` held per context (a budget is a share, or ``"4MB"``),
-            ``entries`` per head (a share, or a whole number), or ``time`` per decoded token (a share, or ``"5ms"``).
-            Each method's own parameter is worked out from that. One that has none runs once, as it stands.
-        seeds: of the tasks' examples.
-        examples: per task and seed.
-        batch: examples that run together.
-        question_known: whether a method sees the question before it drops anything.
-        timed: tokens that are decoded to measure seconds per token; 0 measures no time.
-        device, dtype: see :func:`vestige.models.load`.
+        seeds: of all that is drawn.
+        device: see :func:`vestige.models.load`.
     """
 
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True, strict=True)
 
-    models: tuple[Any, ...] = pydantic.Field(min_length=1)
-    tasks: tuple[ContextTask, ...] = pydantic.Field(min_length=1)
-    methods: tuple[CachePolicy, ...] = pydantic.Field(min_length=1)
-    budgets: tuple[Amount, ...] = (Amount(0.25, "share"), Amount(0.5, "share"))
-    equal: Equal = "bytes"
-    seeds: tuple[int, ...] = pydantic.Field((0, 1, 2), min_length=1)
-    examples: int = pydantic.Field(5, ge=1)
-    batch: int = pydantic.Field(5, ge=1)
-    question_known: bool = False
-    timed: int = pydantic.Field(8, ge=0)
-    device: str = "auto"
-    dtype: str = "auto"
+    family: ClassVar[type[Task]]
+    about: ClassVar[str]
 
-    @pydantic.field_validator("models", "tasks", "methods", "budgets", "seeds", mode="before")
+    models: tuple[Any, ...]
+    tasks: tuple[Any, ...]
+    methods: tuple[Any, ...]
+    seeds: tuple[int, ...] = pydantic.Field((0, 1, 2), min_length=1)
+    device: str = "auto"
+
+    @pydantic.field_validator(*LISTS, mode="before")
     @classmethod
     def _listed(cls, value: Any, info: pydantic.ValidationInfo) -> Any:
         """One may stand where several are allowed."""
-        several = isinstance(value, list | tuple | range) and not (info.field_name == "models" and _is_pair(value))
-        values = tuple(value) if several else (value,)
-        return tuple(Amount.of(item) for item in values) if info.field_name == "budgets" else values
+        return tuple(value) if cls.several(str(info.field_name), value) else (value,)
 
-    @pydantic.field_validator("models")
     @classmethod
-    def _names(cls, value: tuple[Any, ...]) -> tuple[Any, ...]:
-        for item in value:
-            if not (isinstance(item, str | os.PathLike) or _is_pair(item)):
-                raise SpecError(f"{item!r} is no model; allowed: a name, a folder, or (model, tokenizer)")
-        return value
-
-    @pydantic.field_validator("methods")
-    @classmethod
-    def _with_full(cls, value: tuple[CachePolicy, ...]) -> tuple[CachePolicy, ...]:
-        """The full cache first, and each method once."""
-        return tuple({label(policy): policy for policy in (Full(), *value)}.values())
+    def several(cls, name: str, value: Any) -> bool:
+        """Whether what was given for a field is a list, and not one thing alone."""
+        return isinstance(value, list | tuple | range)
 
     @pydantic.model_validator(mode="after")
-    def _consistent(self) -> Comparison:
-        for place, budget in enumerate(self.budgets):
-            if budget.unit not in UNITS[self.equal]:
-                raise _PlacedError(
-                    ("budgets", place),
-                    f"budget {budget} in a comparison at equal {self.equal}; "
-                    f"allowed: {' or '.join(UNITS[self.equal])} (a share is a number with a decimal point)",
-                )
-        for name in ("seeds", "budgets"):
-            values = getattr(self, name)
-            if len(set(values)) < len(values):
-                raise _PlacedError((name,), f"field {name!r} holds the same value twice")
-        if self.equal == "time" and self.timed < 1:
-            raise _PlacedError(("timed",), "field 'timed' is 0; a comparison at equal time has to decode some tokens")
+    def _seeds_once(self) -> Self:
+        if len(set(self.seeds)) < len(self.seeds):
+            raise PlacedError(("seeds",), "field 'seeds' holds the same value twice")
         return self
+
+    @property
+    def pairs(self) -> dict[str, Any]:
+        """Models that were given as objects, by name: only this process has them."""
+        return {}
+
+    @abstractmethod
+    def worker(self) -> Callable[[], Any]:
+        """What makes a worker: an object with ``run(job)``, which gives a job's rows and does not raise."""
+
+    @abstractmethod
+    def plan(self, ask: Ask, lines: Lines) -> Plan:
+        """Look at the models with the help of one worker, and say which cells there are.
+
+        Raises:
+            SpecError: a model cannot be had, or something is beyond it; with its line.
+        """
+
+    @classmethod
+    @abstractmethod
+    def again(cls, told: Mapping[str, Any], key: str) -> dict[str, Any]:
+        """Measure the cell that a row describes, and give its row of now.
+
+        Raises:
+            SpecError: its task or method is unknown here or of another version, or its model is another one now.
+        """
 
 
 def read_spec(source: str | os.PathLike[str] | Mapping[str, Any] | Comparison) -> Comparison:
@@ -125,13 +116,21 @@ def read_spec(source: str | os.PathLike[str] | Mapping[str, Any] | Comparison) -
     except yaml.YAMLError as error:
         raise SpecError(f"{path} is no YAML: {' '.join(str(error).split())}") from None
     if not isinstance(data, dict):
-        raise SpecError(f"{path} holds no fields; allowed: {', '.join(Comparison.model_fields)}")
+        raise SpecError(f"{path} holds no fields; allowed: {', '.join(_kind_of(None).model_fields)}")
     return _build(data, Lines(str(path), root))
 
 
-def lines_of(path: str | os.PathLike[str]) -> Lines:
-    """Where in a YAML file something stands; the file has been read once already."""
-    return Lines(str(path), yaml.compose(Path(path).read_text(encoding="utf-8"), Loader=yaml.SafeLoader))
+def lines_of(source: Any) -> Lines:
+    """Where in a YAML file something stands, which has been read once already; nowhere for what is no file."""
+    if not isinstance(source, str | os.PathLike):
+        return Lines()
+    return Lines(str(source), yaml.compose(Path(source).read_text(encoding="utf-8"), Loader=yaml.SafeLoader))
+
+
+def _kind_of(tasks: Any) -> type[Comparison]:
+    from vestige.evidence.compare.kinds import kind_of
+
+    return kind_of(tasks)
 
 
 class Lines:
@@ -170,16 +169,26 @@ def _places(node: yaml.Node, path: tuple[Any, ...]) -> Iterator[tuple[tuple[Any,
 
 
 def _build(data: dict[str, Any], lines: Lines) -> Comparison:
+    kind = _kind_of(data.get("tasks", ()))
     for name in data:
-        if name not in Comparison.model_fields:
-            place = lines.place((name,))
-            raise SpecError(f"{place}unknown field {name!r}; {did_you_mean(str(name), Comparison.model_fields)}")
+        if name not in kind.model_fields:
+            raise SpecError(f"{lines.place((name,))}{_unknown(str(name), kind)}")
     try:
-        return Comparison(**data)
-    except _PlacedError as error:
+        return kind(**data)
+    except PlacedError as error:
         raise SpecError(f"{lines.place(error.path)}{error.text}") from None
     except pydantic.ValidationError as error:
         raise SpecError(_explain(data, error, lines)) from None
+
+
+def _unknown(name: str, kind: type[Comparison]) -> str:
+    """What is wrong with a field that a kind does not have."""
+    from vestige.evidence.compare.kinds import KINDS
+
+    for other in KINDS:
+        if name in other.model_fields:
+            return f"field {name!r} goes with {other.about}; the tasks here are {kind.about}"
+    return f"unknown field {name!r}; {did_you_mean(name, kind.model_fields)}"
 
 
 def _explain(data: dict[str, Any], error: pydantic.ValidationError, lines: Lines) -> str:
@@ -204,11 +213,7 @@ def _kind(path: tuple[Any, ...]) -> str:
     return "in tasks: " if path[:1] == ("tasks",) else ""
 
 
-def _is_pair(value: Any) -> bool:
-    return isinstance(value, tuple) and len(value) == 2 and not any(isinstance(part, str) for part in value)
-
-
-class _PlacedError(Exception):
+class PlacedError(Exception):
     """Something wrong at a place of the description."""
 
     def __init__(self, path: tuple[Any, ...], text: str) -> None:

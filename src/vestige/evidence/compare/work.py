@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import statistics
 import time
-import traceback
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -18,14 +17,14 @@ from vestige.core.patch import Patch
 from vestige.errors import InputError, SpecError, UnsupportedModelError
 from vestige.evidence.amounts import Amount
 from vestige.evidence.budgets import at, evicts
-from vestige.evidence.compare.plan import Cell, Facts, Job, Way
+from vestige.evidence.compare.context import ContextCell, ContextJob, Facts, Way
+from vestige.evidence.compare.plan import scored
 from vestige.evidence.engine.bench import given, load_pair, now, time_policy
 from vestige.evidence.engine.reading import read
 
-__all__ = ["Worker", "failed"]
+__all__ = ["Worker"]
 
 PROBE = 128  # tokens of the text on which the speed of reading is seen
-TRACE = 1500  # characters of a traceback, its end, that go into the row of a cell that failed
 
 
 class Worker:
@@ -65,19 +64,19 @@ class Worker:
             seconds_per_token=seconds / ids.shape[1],
         )
 
-    def run(self, job: Job) -> list[dict[str, Any]]:
+    def run(self, job: ContextJob) -> list[dict[str, Any]]:
         """The rows of a job's cells. One that fails has a row with its error, and the others are measured."""
         try:
             return self._measure(job)
         except Exception as error:
             self._recover()
             if len(job.cells) == 1:
-                return [failed(job.cells[0], job.way, self._given, error)]
-            return [row for cell in job.cells for row in self.run(Job(cells=(cell,), way=job.way))]
+                return [job.cells[0].failed(error)]
+            return [row for cell in job.cells for row in self.run(ContextJob(cells=(cell,)))]
 
-    def _measure(self, job: Job) -> list[dict[str, Any]]:
+    def _measure(self, job: ContextJob) -> list[dict[str, Any]]:
         way, task = job.way, job.cells[0].task
-        network, tokenizer = self._model(job.model, way.dtype, way.device)
+        network, tokenizer = self._model(job.cells[0].model, way.dtype, way.device)
         examples = task.examples(tokenizer, seed=job.cells[0].seed, count=way.examples)
         settled = self._settle(network, job)
         began = time.perf_counter()
@@ -92,27 +91,18 @@ class Worker:
         seconds = (time.perf_counter() - began) / len(settled)
         rows = []
         for cell, (policy, entries), score in zip(job.cells, settled, scores, strict=True):
-            scored = {
-                "metric": score.metric,
-                "higher_is_better": score.higher_is_better,
-                "chance": task.chance,
-                "ceiling": task.ceiling,
-                "values": list(score.values),
-            }
             timed = {
                 "prefill_seconds": score.prefill_seconds,
                 "decode_seconds_per_token": score.decode_seconds_per_token,
             }
             rows.append(
-                {
-                    **_head(cell, way, self._given),
-                    "method": (policy if entries is None else at(policy, entries)).spec(),
-                    "metrics": {score.metric: score.value, **{k: v for k, v in timed.items() if v is not None}},
-                    "kv_bytes": score.kv_bytes,
-                    "seconds": seconds,
-                    "budget": None if cell.budget is None else {"asked": str(cell.budget), "equal": way.equal},
-                    "scored": scored,
-                }
+                cell.on(self._given).row(
+                    metrics={score.metric: score.value, **{k: v for k, v in timed.items() if v is not None}},
+                    kv_bytes=score.kv_bytes,
+                    seconds=seconds,
+                    scored=scored(task, score),
+                )
+                | {"method": (policy if entries is None else at(policy, entries)).spec()}
             )
         return rows
 
@@ -135,7 +125,7 @@ class Worker:
 
     # What a budget is in a method's own terms.
 
-    def _settle(self, network: Any, job: Job) -> list[tuple[CachePolicy, int | None]]:
+    def _settle(self, network: Any, job: ContextJob) -> list[tuple[CachePolicy, int | None]]:
         """The policy of each cell, and the entries that its budget comes to."""
         budgeted = {self._settled(cell, job.way): cell for cell in job.cells if cell.budget is not None}
         missing = {known: cell for known, cell in budgeted.items() if known not in self._entries}
@@ -154,16 +144,16 @@ class Worker:
                 )
         return [self._with_entries(cell, self._entries.get(self._settled(cell, job.way))) for cell in job.cells]
 
-    def _settled(self, cell: Cell, way: Way) -> Any:
+    def _settled(self, cell: ContextCell, way: Way) -> Any:
         """What the entries of a cell depend on."""
         return (self._given["weights"], cell.method, cell.budget, cell.task.length, way.equal)
 
-    def _with_entries(self, cell: Cell, entries: int | None) -> tuple[CachePolicy, int | None]:
+    def _with_entries(self, cell: ContextCell, entries: int | None) -> tuple[CachePolicy, int | None]:
         if entries is None or evicts(cell.method):
             return cell.method, entries
         return cell.method.replace(budget=entries), None
 
-    def _entries_in_bytes(self, network: Any, cells: Mapping[Any, Cell]) -> dict[Any, int]:
+    def _entries_in_bytes(self, network: Any, cells: Mapping[Any, ContextCell]) -> dict[Any, int]:
         """The most entries whose bytes each budget allows, by cutting the cache of one reading.
 
         Raises:
@@ -244,22 +234,3 @@ def most_within(held: Callable[[int], float], allowed: float, most: int) -> int:
             high, above = guess, now_held
         halve = not halve
     return low
-
-
-def failed(cell: Cell, way: Way, known: Mapping[str, str], error: Exception) -> dict[str, Any]:
-    """The row of a cell that could not be measured."""
-    trace = "".join(traceback.format_exception(error))[-TRACE:]
-    told = {"type": type(error).__name__, "text": str(error), "trace": trace}
-    asked = None if cell.budget is None else {"asked": str(cell.budget), "equal": way.equal}
-    return {**_head(cell, way, known), "method": cell.method.spec(), "budget": asked, "error": told}
-
-
-def _head(cell: Cell, way: Way, known: Mapping[str, str]) -> dict[str, Any]:
-    return {
-        "study": "compare",
-        "key": cell.key,
-        "model": cell.model,
-        "task": cell.task.spec(),
-        "seed": cell.seed,
-        "cell": cell.described(way, known),
-    }

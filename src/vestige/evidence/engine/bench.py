@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from vestige.context.policy import CachePolicy
 
-__all__ = ["WARM_UP", "fingerprint", "given", "load_pair", "now", "time_policy"]
+__all__ = ["WARM_UP", "device_name", "fingerprint", "given", "load_pair", "now", "time_policy"]
 
 WARM_UP = 3  # decoded tokens that are not timed
 
@@ -44,7 +44,7 @@ def given(model: Any) -> dict[str, str]:
         "vestige": vestige.__version__,
         "weights": fingerprint(model),
         "dtype": str(model.dtype).removeprefix("torch."),
-        "device": _device_name(model.device),
+        "device": device_name(model.device),
     }
 
 
@@ -92,7 +92,8 @@ def now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def _device_name(device: torch.device) -> str:
+def device_name(device: torch.device) -> str:
+    """A device as rows name it: of a GPU its model."""
     import torch
 
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

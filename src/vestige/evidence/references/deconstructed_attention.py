@@ -1,8 +1,9 @@
 """The variants of Xue et al. 2025 (arXiv 2510.11602), token by token: forms of causal weights, and what they cost.
 
 The form ``exp(q k / sqrt(d))``, normalised, is standard attention. Its relaxations are the first terms of the
-exponential's series, and a product of positive features. What queries and keys are made of is another matter: from the
-layer's input, the embeddings, random vectors or a fixed sequence, the weights come by the same formulas.
+exponential's series, and a softmax over what each token's own query and key come to, without any pairs. What queries
+and keys are made of is another matter: from the layer's input, the embeddings, or what the layers below make of a fixed
+sequence, the weights come by the same formulas.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["SMALL", "elu", "examples", "gain_kept", "perplexity_ratio", "rotate", "softmax", "taylor"]
+__all__ = ["SMALL", "examples", "gain_kept", "gated", "perplexity_ratio", "rotate", "softmax", "taylor"]
 
 # A run of a second or two.
 SMALL = {"hidden": 8, "heads": 1, "layers": 2, "length": 8, "rows": 2, "steps": 2, "blocks": 5}
@@ -38,13 +39,16 @@ def taylor(q: np.ndarray, k: np.ndarray) -> np.ndarray:
     return causal(q, k, lambda a, b: sum((a @ b / math.sqrt(len(a))) ** n / math.factorial(n) for n in range(3)))
 
 
-def elu(q: np.ndarray, k: np.ndarray) -> np.ndarray:
-    """``phi(q) phi(k)`` with ``phi(x) = x + 1`` above zero and ``exp(x)`` below."""
-
-    def phi(x: np.ndarray) -> np.ndarray:
-        return np.array([value + 1 if value > 0 else math.exp(value) for value in x])
-
-    return causal(q, k, lambda a, b: float(phi(a) @ phi(b)))
+def gated(q: np.ndarray, k: np.ndarray) -> np.ndarray:
+    """``e^(sum_j x_j sigma(x_j) k_j / sqrt(d))`` of a token, ``x`` its own query, over those of all up to it."""
+    loud = []
+    for own, key in zip(q, k, strict=True):
+        heard = [x / (1 + math.exp(-x)) * y for x, y in zip(own, key, strict=True)]
+        loud.append(math.exp(math.fsum(heard) / math.sqrt(len(own))))
+    weights = np.zeros((len(q), len(k)))
+    for t in range(len(q)):
+        weights[t, : t + 1] = np.array(loud[: t + 1]) / math.fsum(loud[: t + 1])
+    return weights
 
 
 def rotate(x: np.ndarray) -> np.ndarray:
@@ -74,7 +78,7 @@ def examples(chance: np.random.Generator) -> dict[str, dict[str, Any]]:
     return {
         "softmax": pair,
         "taylor": pair,
-        "elu": pair,
+        "gated": pair,
         "rotate": {"x": chance.normal(size=(7, 8))},
         "gain_kept": {"loss": 0.3 * plain + 0.7 * alone, "plain": plain, "alone": alone},
         "perplexity_ratio": {"loss": alone, "plain": plain},

@@ -117,7 +117,8 @@ def _answers(points: Points, rows: Sequence[Row]) -> list[tuple[str, str]]:
     """The headline answers: of each task and budget the best method, and whether the next is really worse."""
     told = []
     for group, own in points.groups():
-        for budget in dict.fromkeys(point.budget for point in own if point.budget):
+        budgets = dict.fromkeys(point.budget for point in own if point.budget)
+        for budget in budgets or [""] * (len(own) > 1):  # what has no budgets compares as it stands
             told.append(_best(group, [point for point in own if point.budget == budget]))
     if len(told) > MOST_ANSWERS:
         rest = len(told) - MOST_ANSWERS
@@ -132,7 +133,8 @@ def _best(group: Group, own: Sequence[Point]) -> tuple[str, str]:
     model, task, metric = group
     ranked = sorted(own, key=better, reverse=True)
     first = ranked[0]
-    what = f"{task} on {model}: {first.method} at {first.budget}, {size(first.kv_bytes)} per context"
+    at = f" at {first.budget}" if first.budget else ""
+    what = f"{task} on {model}: {first.method}{at}, {size(first.kv_bytes)} per context"
     if len(ranked) == 1:
         return shown(first.value, metric), f"{what}; nothing else was measured there."
     gap = difference(first, ranked[1])
@@ -150,7 +152,7 @@ def _quality(points: Points, names: Mapping[Point, str], cost: Cost, anchor: str
     methods = dict.fromkeys(point.method for point in points.all if point.method != "full")
     series = {"full": 0} | {method: place for place, method in enumerate(methods, start=1)}
     for place, ((model, task, metric), own) in enumerate(points.groups()):
-        if any(cost.of(point) is not None for point in own):
+        if any(cost.of(point) for point in own):  # what costs nothing anywhere is no choice
             seen = {point.machine for point in own}
             measured = f" Measured on {' and '.join(sorted(seen))}." if cost is seconds_cost else ""
             blocks.append(

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from vestige.evidence.amounts import size
 from vestige.evidence.points import Point, pareto
 from vestige.evidence.report.figures import COLOURS, DASHES, MARKERS, SCALE, plain_figure
 
@@ -15,25 +16,32 @@ if TYPE_CHECKING:
 
 __all__ = ["Cost", "bytes_cost", "matrix_figure", "quality_figure", "seconds_cost"]
 
+SEEN = 0.01  # a chance below this lies on the axis
 WIDE_RANGE = 12  # from this ratio of the largest to the smallest on, costs stand on a logarithmic axis
 
 
 class Cost:
-    """Something that a point costs: how much, and how it is written."""
+    """Something that a point costs: how much, and how it is written, in words and on an axis."""
 
-    def __init__(self, of: Callable[[Point], float | None], title: str, text: Callable[[float], str]) -> None:
-        self.of, self.title, self.text = of, title, text
+    def __init__(
+        self,
+        of: Callable[[Point], float | None],
+        title: str,
+        text: Callable[[float], str],
+        ticks: Mapping[str, str] | None = None,
+    ) -> None:
+        self.of, self.title, self.text, self.ticks = of, title, text, dict(ticks or {})
 
 
-def _megabytes(point: Point) -> float:
-    return point.kv_bytes / 1e6
+def _bytes(point: Point) -> float:
+    return point.kv_bytes
 
 
 def _milliseconds(point: Point) -> float | None:
     return None if point.seconds_per_token is None else 1000 * point.seconds_per_token
 
 
-bytes_cost = Cost(_megabytes, "cache held per context, MB", lambda value: f"{value:.3g} MB")
+bytes_cost = Cost(_bytes, "memory held per context", size, {"tickformat": "~s", "ticksuffix": "B"})
 seconds_cost = Cost(_milliseconds, "time per decoded token, ms", lambda value: f"{value:.3g} ms per token")
 
 
@@ -83,12 +91,15 @@ def quality_figure(
                 meta={"series": number},
             )
         )
-    figure.update_xaxes(**_axis([cost.of(point) for point in points]), title_text=cost.title)
+    figure.update_xaxes(**_axis([cost.of(point) for point in points]), **cost.ticks, title_text=cost.title)
     if metric == "accuracy":
         figure.update_yaxes(range=[-0.03, 1.05], tickformat=".0%", dtick=0.25, title_text="accuracy")
     else:
         way = "higher" if points[0].higher_is_better else "lower"
         figure.update_yaxes(title_text=f"{metric} ({way} is better)")
+    if points[0].chance is not None and points[0].chance >= SEEN:
+        note = {"annotation_text": "chance", "annotation_position": "bottom right"}
+        figure.add_hline(points[0].chance, line={"dash": "dot", "width": 1, "color": "#8a949e"}, **note)
     figure.update_layout(legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0, "xanchor": "left"})
     return figure
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ from vestige.evidence.report.figures import COLOURS, DASHES, MARKERS, faint, pla
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
-__all__ = ["bars", "lines"]
+__all__ = ["bars", "decimal_ticks", "lines"]
 
 
 def lines(
@@ -79,11 +80,27 @@ def lines(
         )
     figure.update_xaxes(title_text=across, type="log" if "x" in log else "linear")
     figure.update_yaxes(title_text=up, type="log" if "y" in log else "linear")
+    if "y" in log:
+        everything = [v for _, values in series.values() for v in np.ravel(values)]
+        ticks = decimal_ticks(min(everything), max(everything))
+        figure.update_yaxes(tickvals=ticks, ticktext=[f"{tick:g}" for tick in ticks])
     if "x" in log:  # the places measured say more than powers of ten
         ticks = sorted({float(v) for x, _ in series.values() for v in x})
         figure.update_xaxes(tickvals=ticks, ticktext=[f"{tick:g}" for tick in ticks])
     figure.update_layout(legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0, "xanchor": "left"})
     return figure
+
+
+def decimal_ticks(low: float, high: float, most: int = 9) -> list[float]:
+    """Ticks of a logarithmic axis, each with its whole number: 1, 2, 5 of every power of ten; of a long axis fewer."""
+    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
+    found: list[float] = []
+    for steps in ((1, 2, 5), (1, 3), (1,)):
+        found = [float(f"{step}e{power}") for power in range(first, last + 1) for step in steps]
+        found = [tick for tick in found if low / 1.5 <= tick <= high * 1.5]
+        if len(found) <= most:
+            break
+    return found
 
 
 def bars(groups: Mapping[str, Mapping[str, Sequence[float]]], *, across: str, base: float | None = None) -> go.Figure:

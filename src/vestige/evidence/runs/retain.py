@@ -22,8 +22,9 @@ from vestige.weights.retain.padding import PadTokens
 
 if TYPE_CHECKING:
     import pandas
+    from transformers import TrainingArguments
 
-__all__ = ["Retained", "run_retention"]
+__all__ = ["Retained", "arguments", "general_of", "run_retention", "stream_of"]
 
 
 @dataclass(frozen=True)
@@ -70,8 +71,6 @@ def run_retention(
         SpecError: a wrong description, or a folder that holds another run.
         InputError, ModelError, TrainingError, MissingPackageError: as the parts that it calls.
     """
-    from transformers import TrainingArguments
-
     spec = read_spec(Retaining, source, **changes)
     learners = [Learner.from_spec(each if isinstance(each, dict) else {"name": each}) for each in spec.learners]
     for learner in learners:
@@ -82,20 +81,15 @@ def run_retention(
         labels = [f"{label} {n}" for n, label in enumerate(labels, 1)]
     found = examples(spec.data)
     tokenizer = tokenizer_of(spec.model) if found.kind == "text" else None
-    stream, collator = _stream(spec, found, tokenizer)
-    general = list(found.test) if found.kind == "images" else [encoded(tokenizer)(r, "question") for r in found.test]
+    stream, collator = stream_of(found, spec.experiences, spec.kind, tokenizer)
+    general = general_of(found, tokenizer)
     write_whole(spec.out / "retention.yaml", yaml.safe_dump(json.loads(spec.model_dump_json()), sort_keys=False))
     ledger = Ledger(spec.out / "ledger.jsonl")
     runs = {}
     for label, learner in zip(labels, learners, strict=True):
         tell(f"{label}: {len(stream)} experiences")
-        plain = {"save_strategy": "epoch", "save_total_limit": 1, "report_to": "none", "disable_tqdm": True}
-        plain |= {"logging_strategy": "no", "seed": spec.seed}
         folder = spec.out / label.replace(" ", "-")
-        try:
-            args = TrainingArguments(output_dir=str(folder), **{**plain, **spec.train})
-        except (TypeError, ValueError) as error:
-            raise SpecError(f"field 'train': {str(error).splitlines()[0]}") from None
+        args = arguments(folder, {"save_strategy": "epoch", "save_total_limit": 1, **spec.train}, spec.seed)
         trainer = ContinualTrainer(
             build(spec.model, found, tokenizer),
             learner,
@@ -115,14 +109,39 @@ def run_retention(
     return done
 
 
-def _stream(spec: Retaining, found: Examples, tokenizer: Any) -> tuple[Stream, Any]:
+def arguments(folder: Path, fields: Mapping[str, Any], seed: int) -> TrainingArguments:
+    """What transformers is to know of a training, which says nothing while it runs.
+
+    Raises:
+        SpecError: a field that it does not have, or a value that it refuses.
+    """
+    from transformers import TrainingArguments
+
+    quiet = {"report_to": "none", "disable_tqdm": True, "logging_strategy": "no", "seed": seed}
+    try:
+        return TrainingArguments(output_dir=str(folder), **{**quiet, **fields})
+    except (TypeError, ValueError) as error:
+        raise SpecError(f"field 'train': {str(error).splitlines()[0]}") from None
+
+
+def general_of(found: Examples, tokenizer: Any) -> list[Any]:
+    """Rows that no experience teaches, as models take them."""
+    return list(found.test) if found.kind == "images" else [encoded(tokenizer)(r, "question") for r in found.test]
+
+
+def stream_of(found: Examples, experiences: Any, kind: Any, tokenizer: Any) -> tuple[Stream, Any]:
+    """A stream of examples, and what puts its rows together (``None``: the usual).
+
+    Raises:
+        SpecError, InputError: ``experiences`` do not fit the examples.
+    """
     if found.kind == "images":
-        if isinstance(spec.experiences, str):
-            raise SpecError(f"field 'experiences' is {spec.experiences!r}; allowed for images: a number, or classes")
-        return Stream.by_class(found.train, found.test, experiences=spec.experiences, kind=spec.kind), None
-    if not isinstance(spec.experiences, str):
-        raise SpecError(f"field 'experiences' is {spec.experiences!r}; allowed for questions: the name of a column")
-    column = spec.experiences
+        if isinstance(experiences, str):
+            raise SpecError(f"field 'experiences' is {experiences!r}; allowed for images: a number, or classes")
+        return Stream.by_class(found.train, found.test, experiences=experiences, kind=kind), None
+    if not isinstance(experiences, str):
+        raise SpecError(f"field 'experiences' is {experiences!r}; allowed for questions: the name of a column")
+    column = experiences
     values = list(dict.fromkeys(str(row[column]) for row in found.train if column in row))
     if not values:
         raise InputError(f"no example has a column {column!r}; columns: {', '.join(found.train[0])}")

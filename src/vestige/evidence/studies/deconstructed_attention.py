@@ -18,15 +18,15 @@ from vestige.evidence.studies.study import Bench, Finding, Seen, Study
 __all__ = ["DeconstructedAttention"]
 
 STANDARD = "standard"
-NO_MIXING, FIXED = "no mixing", "fixed sequence"
+NO_MIXING, GATED, STATIC = "no mixing", "other form", "static embeddings"
+FIXED = ("random sequence", "fixed text")
 VARIANTS: dict[str, Mixing] = {
     STANDARD: Mixing(),
     NO_MIXING: Mixing(source="none"),
-    FIXED: Mixing(source="fixed sequence"),
     "approximate form": Mixing(form="taylor"),
-    "other form": Mixing(form="elu"),
-    "static embeddings": Mixing(source="embedding"),
-    "random embeddings": Mixing(source="random tokens"),
+    GATED: Mixing(form="gated"),
+    **{source: Mixing(source=source) for source in FIXED},  # type: ignore[arg-type]
+    STATIC: Mixing(source="embedding"),
 }
 UNIFORM, HYBRID = "everywhere", "in every other layer"
 SUBSTANTIAL = 1 / 3  # of the gain of mixing, for a relaxed variant to count as one that works
@@ -35,10 +35,10 @@ SUBSTANTIAL = 1 / 3  # of the gain of mixing, for a relaxed variant to count as 
 class DeconstructedAttention(Study):
     """Relax one principle of attention at a time, in all layers or in every other one, and train small language models.
 
-    Token mixing: each token is left alone. Sequence dependence: queries and keys come from one random sequence that
-    is the same for every text. The form: the softmax becomes a polynomial that approximates it, or a product of
-    features that does not. Coupling of queries and keys to the layer's input: they come from the embeddings, or from
-    random vectors that stand for the tokens.
+    Token mixing: each token is left alone. The form: the softmax becomes a polynomial that approximates it, or looks at
+    no pairs at all, each token's own query and key saying how much all later ones hear of it. Sequence dependence:
+    queries and keys come from random vectors or from a text that are the same whatever is read, and pass through the
+    layers beside it. Coupling of queries and keys to the layer's input: they come from the embeddings.
     """
 
     name = "deconstructed-attention"
@@ -46,7 +46,8 @@ class DeconstructedAttention(Study):
         title="Deconstructing Attention: Investigating Design Principles for Effective Language Modeling",
         year=2025,
         arxiv="2510.11602",
-        equations="the variants of attention, uniform and hybrid; perplexity",
+        equations="1-3 and 6-13, uniform and with the simple layers at odd places; perplexity. Without mixing (4-5) a "
+        "fourth matrix stands beside the gated three, so that the parameters are as many",
     )
     verdict = Verdict(
         "not reproduced",
@@ -92,7 +93,8 @@ class DeconstructedAttention(Study):
         for place, ((name, where), layers) in enumerate(runs.items()):
             bench.tell(place / len(runs), f"{name}, {where}")
             torch.manual_seed(seed)
-            model = SmallLM(layers, self.hidden, self.heads, self.length).to(bench.device)
+            begun = text[: self.length]
+            model = SmallLM(layers, self.hidden, self.heads, self.length, fixed_text=begun).to(bench.device)
             train(model, partial(crops, text, self.rows, self.length + 1), steps=self.steps, rate=self.rate, seed=seed)
             losses[where][name] = loss_on(model, asked, self.batch)
             parameters[f"{name}, {where}"] = sum(p.numel() for p in model.parameters())
@@ -112,19 +114,28 @@ class DeconstructedAttention(Study):
                 measured=alone,
                 at_least=1.2,
             ),
-            *(
-                Finding(
-                    claim="The mathematical form can be relaxed",
-                    quantity=f"share of mixing's gain kept everywhere, {name}",
-                    measured=kept(UNIFORM, (name,)),
-                    at_least=SUBSTANTIAL,
-                )
-                for name in ("approximate form", "other form")
+            Finding(
+                claim="The mathematical form can be approximated",
+                quantity="share of mixing's gain kept everywhere, approximate form",
+                measured=kept(UNIFORM, ("approximate form",)),
+                at_least=SUBSTANTIAL,
+            ),
+            Finding(
+                claim="A form that compares no pairs fails alone",
+                quantity="share of mixing's gain kept everywhere, other form",
+                measured=kept(UNIFORM, (GATED,)),
+                at_most=SUBSTANTIAL,
             ),
             Finding(
                 claim="Sequence dependence can be relaxed",
-                quantity="share of mixing's gain kept everywhere, fixed sequence",
-                measured=kept(UNIFORM, (FIXED,)),
+                quantity="share of mixing's gain kept everywhere by the worse of random sequence and fixed text",
+                measured=kept(UNIFORM, FIXED),
+                at_least=SUBSTANTIAL,
+            ),
+            Finding(
+                claim="Queries and keys need not come from the layer's own input",
+                quantity="share of mixing's gain kept everywhere, static embeddings",
+                measured=kept(UNIFORM, (STATIC,)),
                 at_least=SUBSTANTIAL,
             ),
             Finding(
@@ -179,18 +190,22 @@ class DeconstructedAttention(Study):
             f"Decoders of {self.layers} layers of {self.hidden} channels over bytes, trained for {self.steps} steps of "
             f"{self.rows} texts of {self.length} bytes of Python's language reference; the end of that text is held "
             "out. All variants have the same number of parameters and read the same texts in the same order. Without "
-            "mixing, the weights of queries and keys gate and shift each token's own values.",
+            "mixing, the weights of queries and keys gate and shift each token's own values. The fixed text is the "
+            "beginning of the text that is trained on.",
             "The gain of mixing is what standard attention is better by, in nats per byte, than no mixing; a variant's "
             "share of it is 1 where it does as well as standard attention. The paper trains models of 70 to 500 "
             "million parameters on web text and looks at benchmarks too; here, only the order of the variants and the "
-            "rough size of what they lose can be compared.",
+            "rough size of what they lose can be compared. From its perplexities on WikiText (500 million parameters) "
+            "these shares follow: everywhere 0.93 for the approximate form, 0.75 to 0.78 for random sequence, fixed "
+            "text and static embeddings, and less than nothing for the other form; in every other layer 0.94 "
+            "without mixing, and 0.99 or more for the rest.",
         )
 
     def formulas(self) -> Mapping[str, Callable[..., Any]]:
         return {
             "softmax": lambda q, k: weights_of(q, k, "softmax"),
             "taylor": lambda q, k: weights_of(q, k, "taylor"),
-            "elu": lambda q, k: weights_of(q, k, "elu"),
+            "gated": lambda q, k: weights_of(q, k, "gated"),
             "rotate": rotate,
             "gain_kept": gain_kept,
             "perplexity_ratio": perplexity_ratio,

@@ -18,14 +18,15 @@ from torch.nn import functional as F
 
 from vestige.errors import SpecError
 from vestige.evidence.data.text import python_reference
+from vestige.evidence.descent import descend
 
 __all__ = ["Mixing", "SmallLM", "byte_text", "crops", "loss_on", "rotate", "train", "weights_of"]
 
-Form = Literal["softmax", "sigmoid", "taylor", "elu"]
-Source = Literal["hidden", "embedding", "random tokens", "fixed sequence", "none"]
+Form = Literal["softmax", "sigmoid", "taylor", "gated"]
+Source = Literal["hidden", "embedding", "random sequence", "fixed text", "none"]
+APART = ("random sequence", "fixed text")  # sources that pass through the layers beside the text
 
 THETA = 10_000.0  # base of the wavelengths of the rotary positions
-DECAY, CLIP, WARMUP = 0.1, 1.0, 0.1  # of AdamW; of the gradient's norm; share of the steps
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,8 @@ class Mixing:
 
     Attributes:
         form: how weights come from queries and keys; see :func:`weights_of`.
-        source: what queries and keys are projected from: the layer's own input, the embeddings of the tokens,
-            random vectors that stand for the tokens, a random sequence that is the same for every text; or
+        source: what queries and keys are projected from: the layer's own input; the embeddings of the tokens; what the
+            layers below have made of random vectors or of a piece of text, both the same whatever is read; or
             ``"none"``: no token sees another one.
     """
 
@@ -54,18 +55,18 @@ def weights_of(
 
     - ``softmax``: ``exp(s)``, normalised to sum to one;
     - ``taylor``: ``1 + s + s^2 / 2``, which approximates ``exp(s)`` and is never negative, normalised;
-    - ``elu``: ``(elu(q) + 1) (elu(k) + 1)``, which approximates nothing, normalised;
+    - ``gated``: ``exp(silu(q_i) k_i / sqrt(dim))`` of each token with itself, the same for all queries, normalised;
     - ``sigmoid``: ``1 / (1 + exp(-s))``, not normalised.
     """
     future = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).triu(1)
-    if form == "elu":
-        weights = (F.elu(q) + 1) @ (F.elu(k) + 1).mT
+    if form == "gated":
+        own = (F.silu(q) * k).sum(-1) / math.sqrt(q.shape[-1])
+        s = own[..., None, :].expand(*own.shape, own.shape[-1])
     else:
         s = q @ k.mT / math.sqrt(q.shape[-1])
-        if form == "softmax":
-            return s.masked_fill(future, -torch.inf).softmax(-1)
-        weights = torch.sigmoid(s) if form == "sigmoid" else 1 + s + s.square() / 2
-    weights = weights.masked_fill(future, 0)
+    if form in ("softmax", "gated"):
+        return s.masked_fill(future, -torch.inf).softmax(-1)
+    weights = (torch.sigmoid(s) if form == "sigmoid" else 1 + s + s.square() / 2).masked_fill(future, 0)
     return weights if form == "sigmoid" else weights / weights.sum(-1, keepdim=True)
 
 
@@ -83,7 +84,9 @@ class Mix(nn.Module):
         if told is None:  # the same parameters, token by token: a gated map instead of queries and keys
             a, b = self.qk(x).chunk(2, -1)
             return self.o(self.v(x) * F.silu(a) + b)
-        q, k = (rotate(_heads(t, self.heads)) for t in self.qk(told).chunk(2, -1))
+        q, k = (_heads(t, self.heads) for t in self.qk(told).chunk(2, -1))
+        if self.mixing.form != "gated":  # there a token meets itself alone, at no distance
+            q, k = rotate(q), rotate(k)
         weights = weights_of(q, k, self.mixing.form)
         if seen is not None:
             seen.append(weights)
@@ -114,10 +117,23 @@ class Layer(nn.Module):
         self.mix = Mix(mixing, hidden, heads)
         self.channel = nn.Sequential(nn.Linear(hidden, 4 * hidden), nn.GELU(), nn.Linear(4 * hidden, hidden))
 
-    def forward(self, x: Tensor, told: dict[Source, Tensor], seen: list[Tensor] | None) -> Tensor:
+    def forward(self, x: Tensor, told: Tensor, apart: Tensor | None, seen: list[Tensor] | None) -> Tensor:
+        """The stream after the layer.
+
+        Args:
+            x: the stream before it.
+            told: embeddings of the tokens.
+            apart: the stream of what is the same whatever is read, where there is one.
+            seen: gets the weights.
+        """
         normed = self.mix_norm(x)
         source = self.mix.mixing.source
-        mixed = x + self.mix(normed, normed if source == "hidden" else told.get(source), seen)
+        if source in APART:
+            assert apart is not None
+            told = self.mix_norm(apart).expand_as(x)
+        elif source == "hidden":
+            told = normed
+        mixed = x + self.mix(normed, None if source == "none" else told, seen)
         return mixed + self.channel(self.channel_norm(x if self.parallel else mixed))
 
 
@@ -129,13 +145,24 @@ class SmallLM(nn.Module):
         hidden: width.
         heads: attention heads.
         length: the most tokens that it reads.
+        fixed_text: so many bytes, for layers whose queries and keys come from them.
         parallel: whether the channel mixer of a layer stands beside its mixing, so that it cannot undo it.
     """
 
     def __init__(
-        self, layers: Sequence[Mixing], hidden: int, heads: int, length: int, *, parallel: bool = False
+        self,
+        layers: Sequence[Mixing],
+        hidden: int,
+        heads: int,
+        length: int,
+        *,
+        fixed_text: Int[Tensor, " length"] | None = None,
+        parallel: bool = False,
     ) -> None:
         super().__init__()
+        self.apart = next((mixing.source for mixing in layers if mixing.source in APART), None)
+        if self.apart == "fixed text" and fixed_text is None:
+            raise SpecError("layers that attend by a fixed text need one")
         self.embedding = nn.Embedding(256, hidden)
         self.layers = nn.ModuleList(Layer(mixing, hidden, heads, parallel) for mixing in layers)
         self.norm, self.head = nn.RMSNorm(hidden), nn.Linear(hidden, 256, bias=False)
@@ -145,19 +172,20 @@ class SmallLM(nn.Module):
         for layer in self.layers:  # what is added to the stream grows with depth unless it begins smaller
             for last in (layer.mix.o.weight, layer.channel[2].weight):  # type: ignore[union-attr, index]
                 nn.init.normal_(last, std=(2 * len(self.layers) * last.shape[1]) ** -0.5)  # type: ignore[arg-type, union-attr]
-        self.register_buffer("random_tokens", torch.randn(256, hidden))
-        self.register_buffer("fixed_sequence", torch.randn(length, hidden))
+        self.register_buffer("random_sequence", torch.randn(length, hidden))
+        self.register_buffer("fixed_text", fixed_text)
 
     def forward(self, ids: Int[Tensor, "batch length"], seen: list[Tensor] | None = None) -> Tensor:
         """Logits of the next byte, ``(batch, length, 256)``; the weights of each layer are appended to ``seen``."""
-        x = self.embedding(ids)
-        told: dict[Source, Tensor] = {
-            "embedding": x,
-            "random tokens": self.random_tokens[ids],  # type: ignore[index]
-            "fixed sequence": self.fixed_sequence[: ids.shape[1]].expand_as(x),  # type: ignore[index, operator]
-        }
+        x = told = self.embedding(ids)
+        apart: Tensor | None = None
+        if self.apart is not None:
+            first = self.random_sequence if self.apart == "random sequence" else self.embedding(self.fixed_text)
+            apart = first[None, : ids.shape[1]]  # type: ignore[index]
         for layer in self.layers:
-            x = layer(x, told, seen)
+            after = layer(x, told, apart, seen)
+            apart = None if apart is None else layer(apart, told, apart, None)
+            x = after
         return self.head(self.norm(x))
 
 
@@ -183,31 +211,18 @@ def train(
     seed: int,
     after: Callable[[int], None] = lambda step: None,
 ) -> None:
-    """Train with AdamW: warm-up, cosine.
+    """Train as :func:`~vestige.evidence.descent.descend` does.
 
     Args:
         draw: the texts of one step, from random numbers that are the same for the same seed.
         after: called after each step with the number of steps done.
     """
-    device = model.embedding.weight.device
-    maps = [p for p in model.parameters() if p.ndim > 1]
-    others = [p for p in model.parameters() if p.ndim <= 1]
-    groups = [{"params": maps, "weight_decay": DECAY}, {"params": others, "weight_decay": 0.0}]
-    optimiser = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.95))
-    warmup = max(1, round(WARMUP * steps))
-    with torch.enable_grad():
-        chance = torch.Generator().manual_seed(seed)
-        for step in range(steps):
-            share = min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * step / steps))
-            for group in optimiser.param_groups:
-                group["lr"] = rate * share
-            block = draw(chance).to(device)
-            loss = F.cross_entropy(model(block[:, :-1]).flatten(0, 1), block[:, 1:].flatten())
-            optimiser.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), CLIP)
-            optimiser.step()
-            after(step + 1)
+
+    def loss(chance: torch.Generator) -> Tensor:
+        block = draw(chance).to(model.embedding.weight.device)
+        return F.cross_entropy(model(block[:, :-1]).flatten(0, 1), block[:, 1:].flatten())
+
+    descend(model, loss, steps=steps, rate=rate, seed=seed, after=after)
 
 
 @torch.no_grad()

@@ -79,8 +79,10 @@ class Finding:
     def expected(self) -> str:
         """The bounds in words."""
         if self.at_least is None:
-            return f"at most {self.at_most:g}"
-        return f"at least {self.at_least:g}" if self.at_most is None else f"{self.at_least:g} to {self.at_most:g}"
+            return f"at most {self.at_most:.3g}"
+        if self.at_most is None:
+            return f"at least {self.at_least:.3g}"
+        return f"{self.at_least:.3g} to {self.at_most:.3g}"
 
     @property
     def spread(self) -> str:

@@ -1,0 +1,134 @@
+"""Draw a figure for every method that was measured here, for its place in the catalogue.
+
+    python benchmarks/figures.py            # into docs/figures/methods
+
+Cache policies: needles and perplexity against bytes (context/quality.jsonl). Mixers: what small models of them learn
+(layers/recall.jsonl, the ledger of ``vestige compare examples/compare-layers.yaml`` over more mixers). Studies: every
+finding beside what was due (studies/NAME.jsonl, the ledger of ``vestige study NAME``). Narrow plain SVG, readable on
+light and dark pages and on a telephone.
+"""
+
+from __future__ import annotations
+
+import json
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+
+from context.figures import KEEP_ALL, panel, quality, svg, text
+
+from vestige.evidence.points import Point, points_of
+from vestige.evidence.studies.study import Finding, study_named
+
+HERE = Path(__file__).parent
+OUT = HERE.parent / "docs" / "figures" / "methods"
+WIDTH = 480
+OWN, WRONG = "#0f766e", "#dc2626"
+TASKS = {"mqar": "recall of pairs", "last-write-wins": "the last value counts", "state-tracking": "parity"}
+
+
+def policies() -> Iterator[tuple[str, str]]:
+    """Each policy among the others: needles above, perplexity below where it was measured."""
+    curves = quality()
+    for policy in sorted({name for found in curves.values() for name in found} - {"full", *KEEP_ALL}):
+        own, height, parts = {policy: OWN}, 0.0, []
+        size = {"left": 44, "width": WIDTH - 60, "colours": own}
+        if policy in curves["needle"]:
+            scale = {"low": 0.0, "high": 1.05, "ticks": [0, 0.25, 0.5, 0.75, 1]}
+            title = f"Needles found, question unknown: {policy}"
+            parts += panel(curves["needle"], title=title, top=42, bottom=200, **scale, **size)  # type: ignore[arg-type]
+            height = 250
+        if policy in curves["perplexity"]:
+            scale = {"low": 10.5, "high": 17.5, "ticks": [11, 13, 15, 17]}
+            title, top = f"Perplexity of the next 256 tokens: {policy}", height + 42
+            parts += panel(curves["perplexity"], title=title, top=top, bottom=top + 158, **scale, **size)  # type: ignore[arg-type]
+            height += 250
+        parts.append(text(44, height + 6, "grey: other policies; dashed: the whole cache", "small"))
+        yield policy, svg(WIDTH, round(height + 16), parts, f"{policy}: quality against bytes held, SmolLM2")
+
+
+def mixers(rows: list[dict]) -> Iterator[tuple[str, str]]:
+    """Each mixer among the others, a line per task."""
+    groups = [(task, points) for (_, task, _), points in points_of(rows).groups()]
+    left, width = 150, WIDTH - 180
+
+    def x(value: float) -> float:
+        return left + width * value
+
+    def line(task: str, points: list[Point], mixer: str, y: float) -> list[str]:
+        parts = [text(left - 12, y + 4, TASKS[task.split(" ")[0]], "small", "end")]
+        parts.append(f'<line class="grid" x1="{left}" x2="{left + width}" y1="{y}" y2="{y}"/>')
+        chance = points[0].chance or 0.0
+        parts.append(f'<line class="axis" stroke-dasharray="2 3" x1="{x(chance):.1f}" x2="{x(chance):.1f}" '
+                     f'y1="{y - 10}" y2="{y + 10}"><title>chance: {chance:.0%}</title></line>')  # fmt: skip
+        for point in sorted(points, key=lambda point: point.method == mixer):
+            found, own = point.interval, point.method == mixer
+            hint = f"<title>{point.method}: {point.value_text}</title>"
+            if own:
+                parts.append(f'<line style="stroke:{OWN};stroke-width:3" x1="{x(found.low):.1f}" '
+                             f'x2="{x(found.high):.1f}" y1="{y}" y2="{y}"/>')  # fmt: skip
+            mark = f'style="fill:{OWN}" r="6"' if own else 'class="greydot" r="3.5"'
+            parts.append(f'<circle {mark} cx="{x(found.value):.1f}" cy="{y}">{hint}</circle>')
+        return parts
+
+    for mixer in dict.fromkeys(point.method for _, points in groups for point in points):
+        parts = [text(10, 22, f"Right answers of small models: {mixer}", "title")]
+        for number, (task, points) in enumerate(groups):
+            parts += line(task, points, mixer, 52 + 34 * number)
+        base = 52 + 34 * len(groups)
+        parts += [text(x(share), base, f"{share:.0%}", "small", "middle") for share in (0, 0.5, 1)]
+        parts.append(text(10, base + 24, "bar: 95% interval; grey: other mixers; dotted: chance", "small"))
+        yield mixer, svg(WIDTH, base + 34, parts, f"{mixer}: what small models of it learn")
+
+
+def findings(name: str, rows: list[dict]) -> str:
+    """A study's findings: each seed, and where it was due."""
+    study = study_named(name).from_spec(rows[0]["method"])
+    parts, y = [text(10, 22, "What was due (green), and what each seed gave", "title")], 48.0
+    for finding in study.findings([row["metrics"] for row in sorted(rows, key=lambda row: row["seed"])]):
+        for words in textwrap.wrap(finding.claim, 68):
+            parts.append(text(10, y, words, "small"))
+            y += 16
+        parts += _track(finding, y + 4)
+        y += 42
+    return svg(WIDTH, round(y), parts, f"{name}: findings")
+
+
+def _track(finding: Finding, y: float) -> list[str]:
+    left, width = 10, WIDTH - 130
+    bounds = [bound for bound in (finding.at_least, finding.at_most) if bound is not None]
+    known = [*finding.measured, *bounds, 0.0]
+    low, high = min(known), max(known)
+    high = high if high > low else low + 1
+
+    def x(value: float) -> float:
+        return left + width * (value - low) / (high - low)
+
+    first = x(low if finding.at_least is None else finding.at_least)
+    last = x(high if finding.at_most is None else finding.at_most)
+    colour = OWN if finding.held else WRONG
+    told = f"{min(finding.measured):.3g} to {max(finding.measured):.3g}"
+    parts = [
+        f'<line class="grid" x1="{left}" x2="{left + width}" y1="{y}" y2="{y}"/>',
+        f'<rect style="fill:{OWN};opacity:.25" x="{first:.1f}" width="{max(2.0, last - first):.1f}" '
+        f'y="{y - 7}" height="14"/>',
+    ]
+    parts += [f'<circle style="fill:{colour}" cx="{x(value):.1f}" cy="{y}" r="4.5"/>' for value in finding.measured]
+    return [*parts, text(left + width + 10, y + 4, told if finding.held else f"{told}: not held", "small")]
+
+
+def rows_of(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+
+
+def main() -> None:
+    OUT.mkdir(parents=True, exist_ok=True)
+    drawn = [*policies(), *mixers(rows_of(HERE / "layers" / "recall.jsonl"))]
+    drawn += [(path.stem, findings(path.stem, rows_of(path))) for path in sorted((HERE / "studies").glob("*.jsonl"))]
+    for name, figure in drawn:
+        (OUT / f"{name}.svg").write_text(figure, encoding="utf-8")
+    print(f"{len(drawn)} figures in {OUT}")
+
+
+if __name__ == "__main__":
+    main()
