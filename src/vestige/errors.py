@@ -11,6 +11,7 @@ __all__ = [
     "EngineError",
     "InputError",
     "LedgerError",
+    "LedgerVersionError",
     "MissingPackageError",
     "ModelError",
     "PatchConflictError",
@@ -60,6 +61,10 @@ class PatchConflictError(PatchError):
 
 class LedgerError(VestigeError, RuntimeError):
     """A ledger could not be read or written."""
+
+
+class LedgerVersionError(LedgerError, SpecError):
+    """A ledger holds rows of a version that cannot be read here; what was asked for has another file to name."""
 
 
 class MissingPackageError(VestigeError, ImportError):

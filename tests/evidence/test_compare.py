@@ -244,7 +244,7 @@ def test_what_the_documentation_shows_is_right(tmp_path):
     shown = re.findall(r"^```yaml\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
     examples = [example, root / "examples/compare-layers.yaml"]
     assert [*map(yaml.safe_load, shown)] == [yaml.safe_load(path.read_text()) for path in examples]
-    assert len(read_spec(examples[1]).methods) >= 6
+    assert len(read_spec(examples[1]).methods) >= 5
     chosen = read_spec(example)
     assert len(chosen.methods) >= 7 and len(chosen.seeds) == 3
     (tmp_path / "compare.yaml").write_text(GOOD.replace("0.9", "9.5"))
@@ -295,6 +295,24 @@ def test_without_ray_the_command_that_installs_it_is_named(tmp_path, monkeypatch
     (tmp_path / "spec.yaml").write_text(GOOD)
     assert main(["compare", str(tmp_path / "spec.yaml"), "--engine", "ray", "--out", str(tmp_path / "out")]) == 2
     assert "pip install 'vestige[ray]'" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_a_ledger_of_another_version_is_refused_and_broken_lines_are_told(finished, toy_folder, tmp_path, capsys):
+    (tmp_path / "spec.yaml").write_text(json.dumps({"models": str(toy_folder), **SMALL, "device": "cpu"}))
+    text = finished.ledger.path.read_text()
+    for name, content in (
+        ("newer", text.replace('"schema": 1', '"schema": 99')),
+        ("broken", text + '{"schema": 1, "k'),
+    ):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "ledger.jsonl").write_text(content)
+        words = ["compare", str(tmp_path / "spec.yaml"), "--out", str(tmp_path / name), "--dry-run"]
+        assert main(words) == (2 if name == "newer" else 0)
+        assert (tmp_path / name / "ledger.jsonl").read_text() == content
+        told = capsys.readouterr().err
+        assert ("newer Vestige (schema 99)" if name == "newer" else "1 broken line in the ledger skipped") in told
+    assert main(["compare", str(tmp_path / "newer" / "ledger.jsonl"), "--only", "x"]) == 2
+    assert main(["compare", str(tmp_path / "absent.jsonl"), "--only", "x"]) == 2
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from vestige.core.environment import commit, hardware, versions
 from vestige.core.method import Method, did_you_mean
-from vestige.errors import LedgerError, MissingPackageError
+from vestige.errors import LedgerError, LedgerVersionError, MissingPackageError
 
 try:
     import fcntl
@@ -101,14 +101,15 @@ class Ledger:
         """The measurements that are there now, in the order in which they were added.
 
         Raises:
-            LedgerError: the file cannot be read, or a row was written by a newer Vestige.
+            LedgerError: the file cannot be read.
+            LedgerVersionError: a row was written by a newer Vestige.
         """
         for piece in self._pieces():
             row = _parse(piece)
             if row is None:
                 continue
             if row.get("schema", SCHEMA) > SCHEMA:
-                raise LedgerError(
+                raise LedgerVersionError(
                     f"{self.path} was written by a newer Vestige (schema {row['schema']}); upgrade to read it"
                 )
             yield row

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vestige.core.ledger import Ledger
-from vestige.errors import EngineError, InputError, SpecError
+from vestige.errors import EngineError, SpecError
 from vestige.evidence.engine.record import Record, progress_bar
 
 if TYPE_CHECKING:
@@ -117,8 +117,8 @@ def compare(
 
     Raises:
         SpecError: a field, name, parameter or budget is unknown or out of range, with its line where it stands in a
-            file; before anything is measured.
-        InputError: a file cannot be read, or ``out`` is no folder.
+            file; ``out`` is no folder; or its ledger is of a version that cannot be read here. All before anything is
+            measured.
         LedgerError: the ledger cannot be read or written.
     """
     from vestige.evidence.compare.spec import lines_of, read_spec
@@ -128,19 +128,19 @@ def compare(
         chosen = read_spec({**dict(chosen), **fields})
     folder = Path(out).expanduser()
     if folder.exists() and not folder.is_dir():
-        raise InputError(f"out is {str(out)!r}, which is no folder")
+        raise SpecError(f"out is {str(out)!r}, which is no folder")
+    known, broken = _known(folder / LEDGER)
     running = _engine(engine, chosen, workers=workers, gpus=gpus, cpus=cpus, address=address)
     try:
         plan = chosen.plan(running.ask, lines_of(spec))
         cells = plan.cells
         _unique(cells)
-        known = _known(folder / LEDGER)
         missing = [cell for cell in cells if cell.key not in known]
         jobs = plan.jobs(missing)
         total = sum(job.seconds for job in jobs)
         estimate = Estimate(len(cells), len(missing), len(jobs), total)
         if progress:
-            _announce(estimate, running)
+            _announce(estimate, running, broken)
         if dry_run:
             return CompareResult(Ledger(folder / LEDGER), estimate, (), 0)
         record = Record(folder / LEDGER)
@@ -161,15 +161,14 @@ def rerun(ledger: str | os.PathLike[str], key: str) -> Rerun:
     """Measure the cell of a ledger's row again, from what the row itself says. Nothing is recorded.
 
     Raises:
-        InputError: no such ledger.
-        SpecError: no such row, or one that is no comparison's; its task or method is unknown here or of another
-            version; or the model has other weights now.
+        SpecError: no such ledger or row, or one that is no comparison's; its task or method is unknown here or of
+            another version; or the model has other weights now.
     """
     from vestige.evidence.compare.kinds import kind_of
 
     path = Path(ledger)
     if not path.is_file():
-        raise InputError(f"no ledger {str(ledger)!r}")
+        raise SpecError(f"no ledger {str(ledger)!r}")
     rows = {row["key"]: row for row in Ledger(path).rows() if isinstance(row.get("key"), str)}
     if key not in rows:
         from vestige.core.method import nearest
@@ -208,8 +207,12 @@ def _unique(cells: list[Cell]) -> None:
         seen[cell.key] = cell
 
 
-def _known(path: Path) -> set[str]:
-    return {row["key"] for row in Ledger(path).rows() if isinstance(row.get("key"), str)} if path.exists() else set()
+def _known(path: Path) -> tuple[set[str], int]:
+    """The keys that a ledger has, and how many of its lines cannot be read."""
+    if not path.exists():
+        return set(), 0
+    ledger = Ledger(path)
+    return {row["key"] for row in ledger.rows() if isinstance(row.get("key"), str)}, ledger.broken
 
 
 def _keep(record: Record, failed: dict[str, dict[str, Any]], row: dict[str, Any], ledger: Path | None) -> None:
@@ -238,8 +241,11 @@ def _lost(cells: Iterable[Cell], reason: str) -> list[dict[str, Any]]:
     return [cell.failed(EngineError(reason)) for cell in cells]
 
 
-def _announce(estimate: Estimate, running: Engine) -> None:
+def _announce(estimate: Estimate, running: Engine, broken: int) -> None:
     from rich.console import Console
+
+    if broken:
+        Console(stderr=True).print(f"{broken} broken {'line' if broken == 1 else 'lines'} in the ledger skipped")
 
     workers = getattr(running, "count", 1)
     there = estimate.cells - estimate.missing
