@@ -15,7 +15,8 @@ import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
-from context.figures import KEEP_ALL, panel, quality, svg, text
+from context.figures import KEEP_ALL, panel, quality
+from drawing import svg, text
 
 from vestige.evidence.points import Point, points_of
 from vestige.evidence.studies.study import Finding, study_named
@@ -24,25 +25,32 @@ HERE = Path(__file__).parent
 OUT = HERE.parent / "docs" / "figures" / "methods"
 WIDTH = 480
 OWN, WRONG = "#0f766e", "#dc2626"
+SHADES = (OWN, "#d97706")  # of the forms in which a policy was measured
 TASKS = {"mqar": "recall of pairs", "last-write-wins": "the last value counts", "state-tracking": "parity"}
 
 
 def policies() -> Iterator[tuple[str, str]]:
     """Each policy among the others: needles above, perplexity below where it was measured."""
     curves = quality()
-    for policy in sorted({name for found in curves.values() for name in found} - {"full", *KEEP_ALL}):
-        own, height, parts = {policy: OWN}, 0.0, []
+    known = sorted({name for found in curves.values() for name in found} - {"full", *KEEP_ALL})
+    for policy in dict.fromkeys(name.split("(")[0] for name in known):
+        own = {name: SHADES[n] for n, name in enumerate(n for n in known if n.split("(")[0] == policy)}
+        height, parts = 0.0, []
         size = {"left": 44, "width": WIDTH - 60, "colours": own}
-        if policy in curves["needle"]:
+        if any(name in curves["needle"] for name in own):
             scale = {"low": 0.0, "high": 1.05, "ticks": [0, 0.25, 0.5, 0.75, 1]}
             title = f"Needles found, question unknown: {policy}"
             parts += panel(curves["needle"], title=title, top=42, bottom=200, **scale, **size)  # type: ignore[arg-type]
             height = 250
-        if policy in curves["perplexity"]:
+        if any(name in curves["perplexity"] for name in own):
             scale = {"low": 10.5, "high": 17.5, "ticks": [11, 13, 15, 17]}
             title, top = f"Perplexity of the next 256 tokens: {policy}", height + 42
             parts += panel(curves["perplexity"], title=title, top=top, bottom=top + 158, **scale, **size)  # type: ignore[arg-type]
             height += 250
+        if len(own) > 1:
+            for number, (name, colour) in enumerate(own.items()):
+                parts.append(text(44 + 150 * number, height + 6, name, "small title", fill=colour))
+            height += 18
         parts.append(text(44, height + 6, "grey: other policies; dashed: the whole cache", "small"))
         yield policy, svg(WIDTH, round(height + 16), parts, f"{policy}: quality against bytes held, SmolLM2")
 
@@ -95,7 +103,7 @@ def findings(name: str, rows: list[dict]) -> str:
 
 
 def _track(finding: Finding, y: float) -> list[str]:
-    left, width = 10, WIDTH - 130
+    left, width = 10, WIDTH - 190
     bounds = [bound for bound in (finding.at_least, finding.at_most) if bound is not None]
     known = [*finding.measured, *bounds, 0.0]
     low, high = min(known), max(known)
@@ -114,7 +122,8 @@ def _track(finding: Finding, y: float) -> list[str]:
         f'y="{y - 7}" height="14"/>',
     ]
     parts += [f'<circle style="fill:{colour}" cx="{x(value):.1f}" cy="{y}" r="4.5"/>' for value in finding.measured]
-    return [*parts, text(left + width + 10, y + 4, told if finding.held else f"{told}: not held", "small")]
+    verdict = text(left + width + 10, y + 4, told if finding.held else f"{told}: not held", "small")
+    return [*parts, verdict]
 
 
 def rows_of(path: Path) -> list[dict]:

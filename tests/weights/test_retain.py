@@ -99,9 +99,19 @@ class _Cut(Exception):  # noqa: N818
     pass
 
 
-@pytest.mark.parametrize("spec", ["replay", {"name": "rehearsal-free", "ewc": 1.0, "feature": 0.1}, "joint"])
+def saving(folder):
+    return arguments(folder, save_strategy="steps", save_steps=2, save_total_limit=2)
+
+
+@pytest.fixture(scope="module", params=["replay", {"name": "rehearsal-free", "ewc": 1.0, "feature": 0.1}, "joint"])
+def uncut(request, tmp_path_factory):
+    """A learner, and what comes of it where nothing stops it."""
+    folder = tmp_path_factory.mktemp("whole")
+    return request.param, *learn(request.param, vit(hidden_dropout_prob=0.1), args=saving(folder))
+
+
 @pytest.mark.parametrize(("experience", "step"), [(0, 2), (1, 3), (2, 0)])
-def test_a_killed_run_goes_on_to_the_same_result(tmp_path, spec, experience, step):
+def test_a_killed_run_goes_on_to_the_same_result(tmp_path, uncut, experience, step):
     from transformers import TrainerCallback
 
     class Kill(TrainerCallback):
@@ -109,10 +119,7 @@ def test_a_killed_run_goes_on_to_the_same_result(tmp_path, spec, experience, ste
             if f"experience-{experience}" in args.output_dir and state.global_step == step:
                 raise _Cut
 
-    def saving(folder):
-        return arguments(folder, save_strategy="steps", save_steps=2, save_total_limit=2)
-
-    whole, model = learn(spec, vit(hidden_dropout_prob=0.1), args=saving(tmp_path / "whole"))
+    spec, whole, model = uncut
     with pytest.raises(_Cut):
         learn(spec, vit(hidden_dropout_prob=0.1), args=saving(tmp_path / "cut"), callbacks=[Kill()])
     fresh = vit(hidden_dropout_prob=0.1)
