@@ -15,8 +15,8 @@ from vestige.errors import InputError
 
 __all__ = ["diagonal"]
 
-BLOCK = {"cpu": 2 << 20, "other": 32 << 20}
-"""Bytes of gradients of single rows that are held at once, per weight: what stays near a processor's cores."""
+BLOCK = 32 << 20
+"""Bytes of gradients of single rows that are held at once, of one weight."""
 
 Loss = Callable[[Any, Mapping[str, Tensor]], Tensor]
 
@@ -172,17 +172,19 @@ class _Tap:
             # One place: the square of the product is the product of the squares.
             self.total.addmm_(slope[:, 0].to(kind).square().T, inputs[:, 0].to(kind).square())
             return
-        block = BLOCK["cpu" if self.total.device.type == "cpu" else "other"]
-        step = max(1, block // self.total.nbytes)
+        if len(seen) == 1 and inputs.is_floating_point() and self.total.device.type == "cpu":
+            room = torch.empty_like(self.leaf, requires_grad=False)  # one for all rows, which stays near the cores
+            for x, s in zip(inputs, slope, strict=True):
+                gradient = torch.mm(s.T, x, out=room).to(kind)
+                self.total.addcmul_(gradient, gradient)
+            return
+        step = max(1, BLOCK // self.total.nbytes)
         for start in range(0, len(slope), step):
             part = slice(start, start + step)
-            gradient = self._gradient(*(t[part] for t in seen[0]))
-            for inputs, slope in seen[1:]:
-                gradient += self._gradient(inputs[part], slope[part])
-            if step == 1:
-                self.total.addcmul_(gradient[0].to(kind), gradient[0].to(kind))
-            else:
-                self.total += gradient.to(kind).square().sum(0)
+            gradient = self._gradient(inputs[part], slope[part])
+            for more, by in seen[1:]:
+                gradient += self._gradient(more[part], by[part])
+            self.total += gradient.to(kind).square().sum(0)
 
     def _gradient(self, inputs: Tensor, slope: Tensor) -> Tensor:
         """Each row's gradient (rows, out, in)."""
@@ -215,6 +217,8 @@ class _Watch(TorchFunctionMode):
         options = (kwargs.get("max_norm"), kwargs.get("scale_grad_by_freq"))
         if id(weight) in self.taps and func is F.embedding and not any(options):
             return self._tapped(args[0], weight, kwargs.get("padding_idx"))
+        if func is F.scaled_dot_product_attention and len(args) == 3 and _four(*args, kwargs.get("attn_mask")):
+            return _Attention.apply(self.mark, *args, kwargs)
         out = func(*args, **kwargs)
         if _holds_tensor(out):  # sizes and kinds may be asked for
             for used in _flat((*args, *kwargs.values())):
@@ -255,8 +259,37 @@ class _Use(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, dims: Any, given: Tensor, weight: Tensor, mark: Tensor, tap: _Tap, padding: int | None) -> Any:
-        rows = given.expand(info.batch_size, *given.shape) if dims[0] is None else given.movedim(dims[0], 0)
-        return _Use.apply(rows, weight, mark, tap, padding), 0
+        return _Use.apply(_rows(given, dims[0], info.batch_size), weight, mark, tap, padding), 0
+
+
+class _Attention(torch.autograd.Function):
+    """Attention of all rows in one call, which ``vmap`` alone would make of one row after the other."""
+
+    @staticmethod
+    def forward(mark: Tensor, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Tensor:
+        raise NotImplementedError("only of rows that are vectorised")
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
+        raise NotImplementedError("only of rows that are vectorised")
+
+    @staticmethod
+    def vmap(info: Any, dims: Any, mark: Tensor, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Any:
+        together = (_rows(t, dim, info.batch_size).flatten(0, 1) for t, dim in zip((q, k, v), dims[1:4], strict=True))
+        mask = options.get("attn_mask")
+        if mask is not None:
+            mask = _rows(mask, dims[4]["attn_mask"], info.batch_size).flatten(0, 1)
+        out = F.scaled_dot_product_attention(*together, **{**options, "attn_mask": mask})
+        return out.unflatten(0, (info.batch_size, -1)), 0
+
+
+def _rows(value: Tensor, dim: int | None, count: int) -> Tensor:
+    """With the rows that are vectorised in front, also where the value is the same for all."""
+    return value.expand(count, *value.shape) if dim is None else value.movedim(dim, 0)
+
+
+def _four(*values: Tensor | None) -> bool:
+    return all(value is None or value.ndim == 4 for value in values)
 
 
 def _flat(values: Any) -> Any:

@@ -69,16 +69,20 @@ class SSD(Eraser):
         for name, kept in every.items():  # the information on all examples is the weighted mean of the two
             kept.mul_(others).add_(forget[name], alpha=counted).div_(counted + others)
         noise = FLOOR * max(float(f.max()) for f in forget.values())
+        ratios = {}
+        for name in work.parameters:  # tensor by tensor, so that no third copy of the weights is held
+            mine, all_of_them = forget.pop(name), every.pop(name)
+            ratios[name] = torch.where(mine > noise, mine / all_of_them, 0)
         alpha = self.alpha
         if alpha is None:
             share = len(work.forget) / (len(work.forget) + len(work.retain))
-            alpha = max(automatic_alpha(_ratios(forget, every, noise), share), self.dampening)
+            alpha = max(automatic_alpha(_together(ratios), share), self.dampening)
         selected = 0
         with torch.no_grad():
             for name, weight in work.parameters.items():
-                chosen = (forget[name] > alpha * every[name]) & (forget[name] > noise)
+                chosen = ratios[name] > alpha
                 if bool(chosen.any()):
-                    scale = (self.dampening * every[name] / forget[name]).clamp(max=1).to(weight.dtype)
+                    scale = (self.dampening / ratios[name]).clamp(max=1).to(weight.dtype)
                     patch.parameter(weight, torch.where(chosen, weight * scale, weight))
                     selected += int(chosen.sum())
         weights = sum(p.numel() for p in work.parameters.values())
@@ -142,6 +146,14 @@ def automatic_alpha(ratios: np.ndarray, share: float) -> float:
     return float(np.quantile(ratios, (100 - math.log1p(100 * share)) / 100, overwrite_input=True))
 
 
-def _ratios(forget: dict[str, Tensor], every: dict[str, Tensor], noise: float) -> np.ndarray:
-    parts = [(forget[n][used] / every[n][used]).cpu() for n in forget if bool((used := forget[n] > noise).any())]
-    return torch.cat(parts).numpy() if parts else np.ones(1)
+def _together(ratios: dict[str, Tensor]) -> np.ndarray:
+    """The ratios of all weights that are more than noise, in one array (weights,)."""
+    counts = {name: int((ratio > 0).sum()) for name, ratio in ratios.items()}
+    if not any(counts.values()):
+        return np.ones(1)
+    kind = next(iter(ratios.values())).cpu().numpy().dtype
+    found, end = np.empty(sum(counts.values()), kind), 0
+    for name, ratio in ratios.items():
+        found[end : end + counts[name]] = ratio[ratio > 0].cpu().numpy()
+        end += counts[name]
+    return found

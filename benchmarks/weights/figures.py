@@ -1,0 +1,140 @@
+"""Draw the figures of docs/weights.md from the results beside this script.
+
+    python benchmarks/weights/figures.py            # into docs/figures
+
+Plain SVG, readable on light and dark pages; every number in them stands in the JSON files.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import defaultdict
+from html import escape
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+
+from drawing import svg, text  # noqa: E402
+
+OUT = HERE.parents[1] / "docs" / "figures"
+ACROSS, CELL = 4, 27
+MEASURES = {
+    "forget accuracy": "answered rightly: to forget",
+    "retain accuracy": "answered rightly: to keep",
+    "unseen others accuracy": "answered rightly: never seen",
+    "membership by loss": "membership, by loss",
+    "forget accuracy, 4 bits": "to forget, in four bits",
+    "probe": "to forget, read by a probe",
+    "back without teaching": "back without teaching",
+}
+PALETTE = ("#0f766e", "#d97706", "#7c3aed", "#dc2626", "#2563eb", "#65a30d", "#db2777", "#0891b2", "#a16207", "#475569")
+
+
+def results(name: str) -> list[dict[str, Any]]:
+    """The rows of a result that came to an end."""
+    return [row for row in json.loads((HERE / name).read_text())["rows"] if "left_out" not in row]
+
+
+def matrix_figure() -> str:
+    """One map per learner with its own settings: mean share right on each experience after each."""
+    found: dict[str, list[list[list[float]]]] = defaultdict(list)
+    for row in results("retain-digits.json"):
+        if "=" not in row["learner"]:
+            found[row["learner"]].append(row["matrix"])
+    means = {name: _mean(matrices) for name, matrices in found.items()}
+    order = sorted(means, key=lambda name: mean(means[name][-1]))
+    size = len(means[order[0]])
+    wide, high = size * CELL + 62, size * CELL + 58
+    parts = [text(10, 20, "Right answers (%) on each pair of digits (across) after each was learnt (down)", "title")]
+    for number, name in enumerate(order):
+        left, top = 14 + number % ACROSS * wide, 62 + number // ACROSS * high
+        last = mean(means[name][-1])
+        parts.append(text(left, top - 8, f"{name}: {100 * last:.0f}", "small title"))
+        for after, scores in enumerate(means[name]):
+            for asked, score in enumerate(scores):
+                x, y = left + asked * CELL, top + after * CELL
+                known = asked <= after
+                fill = f'class="cell" fill-opacity="{score:.2f}"' if known else 'class="later"'
+                parts.append(f'<rect {fill} x="{x}" y="{y}" width="{CELL - 1}" height="{CELL - 1}"/>')
+                if known:
+                    ink = "#ffffff" if score > 0.55 else ""
+                    parts.append(text(x + CELL / 2, y + CELL / 2 + 4, f"{100 * score:.0f}", "small", "middle", ink))
+    rows = -(-len(order) // ACROSS)
+    foot = 62 + rows * high - 18
+    parts.append(text(14, foot, "Beside each name: the mean of the last row. Means over three seeds.", "small"))
+    return svg(14 + ACROSS * wide, foot + 14, parts, "Scores on each experience after each, by learner")
+
+
+def _mean(matrices: list[list[list[float]]]) -> list[list[float]]:
+    return [[mean(cell) for cell in zip(*rows, strict=True)] for rows in zip(*matrices, strict=True)]
+
+
+def audit_figure() -> str:
+    """For each task and way of looking: every eraser, the model trained again, and the one before."""
+    rows = results("erase-digits.json")
+    erasers = list(dict.fromkeys(row["eraser"] for row in rows))
+    left, width, line = 220, 520, 15
+    parts, at = [], 8.0
+    for task, title in (("class", "To forget: one class"), ("random", "To forget: a hundred rows at random")):
+        chosen = [row for row in rows if row["task"] == task]
+        at += 18
+        parts.append(text(10, at, title, "title"))
+        at += 12
+        top = at
+        for measure, says in MEASURES.items():
+            high = line * len(erasers) * 0.62 + 12
+            parts.append(text(left - 12, at + high / 2 + 4, says, "small", "end"))
+            values = _means(chosen, measure)
+            for number, eraser in enumerate(erasers):
+                if eraser in values:
+                    y = at + 8 + number * line * 0.62
+                    colour, x = PALETTE[number % len(PALETTE)], left + width * values[eraser]["erased"]
+                    hint = f"<title>{escape(eraser)}, {says}: {values[eraser]['erased']:.2f}</title>"
+                    parts.append(f'<circle style="fill:{colour}" cx="{x:.1f}" cy="{y:.1f}" r="4.2">{hint}</circle>')
+            some = next(iter(values.values()))
+            for subject, mark in (("retrained", "mark"), ("before", "before")):
+                x = left + width * some[subject]
+                dash = ' stroke-dasharray="3 3"' if mark == "before" else ""
+                cls = "axis" if mark == "before" else "mark"
+                parts.append(f'<line class="{cls}"{dash} x1="{x:.1f}" x2="{x:.1f}" y1="{at + 2:.1f}" '
+                             f'y2="{at + high - 2:.1f}"/>')  # fmt: skip
+            at += high
+            parts.append(f'<line class="grid" x1="{left}" x2="{left + width}" y1="{at:.1f}" y2="{at:.1f}"/>')
+        for share in (0, 0.25, 0.5, 0.75, 1):
+            x = left + width * share
+            parts.append(f'<line class="grid" x1="{x}" x2="{x}" y1="{top:.1f}" y2="{at:.1f}"/>')
+            parts.append(text(x, at + 16, f"{share:g}", "small", "middle"))
+        at += 30
+    for number, eraser in enumerate(erasers):
+        x, y = 20 + number % 3 * 250, at + 12 + number // 3 * 20
+        parts.append(f'<circle style="fill:{PALETTE[number % len(PALETTE)]}" cx="{x}" cy="{y - 4:.1f}" r="5"/>')
+        parts.append(text(x + 11, y, eraser, "small"))
+    at += 12 + -(-len(erasers) // 3) * 20 + 4
+    parts.append(
+        text(10, at, "Upright: the model trained again without them; dashed: before. Means of three seeds.", "small")
+    )
+    return svg(780, int(at + 12), parts, "What remains after erasing, by eraser")
+
+
+def _means(rows: list[dict[str, Any]], measure: str) -> dict[str, dict[str, float]]:
+    """By eraser and model, the mean over seeds."""
+    found: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        for subject, value in row["measures"].get(measure, {}).items():
+            found[row["eraser"]][subject].append(value)
+    return {name: {subject: mean(values) for subject, values in each.items()} for name, each in found.items()}
+
+
+def main() -> None:
+    OUT.mkdir(exist_ok=True)
+    for name, draw in (("retain.svg", matrix_figure), ("erase.svg", audit_figure)):
+        (OUT / name).write_text(draw(), encoding="utf-8")
+        print(OUT / name)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,128 @@
+"""What each learner adds to a step, beside plain fine-tuning.
+
+    python benchmarks/weights/overhead.py --out benchmarks/weights/overhead.json
+
+A vision transformer of 2.7 million weights on pictures of 50 patches, batches of 32, Adam, through transformers'
+Trainer; steps of a second experience, when every learner has something to keep. From the start of a step to its end,
+the median, in time of the processor on one thread (so that other work on the machine does not count), each learner in
+turn with fine-tuning. Forward passes are counted: a regulariser that takes none more is to stay under a tenth.
+
+What a learner does between experiences (Fisher information, decompositions, repairs) is not part of a step; the
+ledger's column ``overhead`` is the share of the whole training time spent in a learner's hooks. Rows that are there are
+not measured again; ``--minutes`` ends a run in time, and another goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import Clock, here, keep, known, label, names, short
+from retain import FORMS
+from torch.utils.data import TensorDataset
+from transformers import TrainerCallback, TrainingArguments, ViTConfig, ViTForImageClassification
+
+from vestige.errors import VestigeError
+from vestige.evidence.certify.weights_retain import quiet
+from vestige.weights.retain import ContinualTrainer, Learner, Stream
+
+SIZES = {"hidden_size": 192, "intermediate_size": 768, "num_hidden_layers": 6, "num_attention_heads": 6}
+IMAGES = {"image_size": 28, "patch_size": 4, "num_channels": 1, "num_labels": 10}
+PLAIN = "finetune"
+
+
+class Steps(TrainerCallback):
+    """Times steps of the second experience, and counts forward passes."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.seconds: list[float] = []
+        self.passes: list[int] = []
+        self.experience, self.count = -1, 0
+        model.register_forward_hook(self._counted)
+
+    def _counted(self, *_: Any) -> None:
+        self.count += 1
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.experience += 1
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.count = 0
+        self.began = time.process_time()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.experience and state.global_step > 1:  # the first finds cold caches and an empty optimizer
+            self.seconds.append(time.process_time() - self.began)
+            self.passes.append(self.count)
+
+
+def pictures(rows: int, seed: int) -> TensorDataset:
+    draw = torch.Generator().manual_seed(seed)
+    side, labels = IMAGES["image_size"], torch.arange(rows) % 4
+    return TensorDataset(torch.rand(rows, 1, side, side, generator=draw), labels)
+
+
+def steps(spec: dict[str, Any], args: argparse.Namespace) -> Steps:
+    """The steps of one learner."""
+    torch.manual_seed(0)
+    model = ViTForImageClassification(ViTConfig(**SIZES, **IMAGES))
+    learner = Learner.from_spec(spec)
+    spy = Steps(model)
+    with tempfile.TemporaryDirectory() as folder, quiet():
+        training = TrainingArguments(
+            output_dir=folder,
+            save_strategy="no",
+            logging_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            use_cpu=True,
+            num_train_epochs=1,
+            per_device_train_batch_size=args.batch,
+            learning_rate=1e-4,
+        )
+        general = pictures(2 * args.batch, 2) if learner.needs_general else None
+        trainer = ContinualTrainer(model, learner, training, general=general, callbacks=[spy])
+        data = pictures(2 * args.batch * args.steps, 0)
+        trainer.run(Stream.by_class(data, pictures(8, 1), experiences=2))
+    return spy
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--only", nargs="+", help="names; default: every registered learner")
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--minutes", type=float)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    rows, clock = known(args.out), Clock(args.minutes)
+    done = {row["learner"] for row in rows}
+    for name in names(Learner):
+        for changes in ({}, *FORMS.get(name, ())):
+            form = label(name, changes)
+            if form in done or clock.over or (args.only and name not in args.only):
+                continue
+            row: dict[str, Any] = {"learner": form}
+            try:
+                plain, spy = steps({"name": PLAIN}, args), steps({"name": name, **changes}, args)
+            except VestigeError as error:
+                row["left_out"] = str(error)
+            else:
+                mine, alone = (statistics.median(found.seconds) for found in (spy, plain))
+                row |= {"ms": 1e3 * mine, "finetune_ms": 1e3 * alone, "overhead": mine / alone - 1}
+                row["forward_passes"] = statistics.mean(spy.passes)
+            rows.append(short(row))
+            print(json.dumps(rows[-1]), flush=True)
+            settings = {"vit": {**SIZES, **IMAGES}, "batch": args.batch, "steps": args.steps}
+            keep(args.out, {**here("cpu"), **settings, "rows": rows})
+
+
+if __name__ == "__main__":
+    main()
