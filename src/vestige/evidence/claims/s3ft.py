@@ -60,13 +60,13 @@ def first_model(seed: int) -> LlamaForCausalLM:
     return model.eval()
 
 
-def taught(case: LearnerCase, learner: Learner, seed: int) -> ContinualRun:
+def taught(case: LearnerCase, learner: Learner, seed: int, rate: float = 1e-3) -> ContinualRun:
     """Facts in short answers are learnt, some known and some new; known ones in sentences are looked at."""
     known = facts(seed)
     train = [short(*fact) for fact in known[:TAUGHT] + known[KNOWN:]]
     asked = [short(*fact) for fact in known[KNOWN:]]
     held_out = [whole(*fact) for fact in known[TAUGHT:KNOWN]]
-    args = case.args(num_train_epochs=12, per_device_train_batch_size=10, learning_rate=1e-3, seed=seed)
+    args = case.args(num_train_epochs=12, per_device_train_batch_size=10, learning_rate=rate, seed=seed)
     with quiet():
         trainer = ContinualTrainer(first_model(seed), learner, args, collator=PadTokens(), held_out=held_out)
         return trainer.run(Stream.of([(train, asked)], inputs="input_ids"))

@@ -439,7 +439,12 @@ class ControlLLM(Learner):
         code="https://github.com/linkedin/ControlLLM",
         equations="expanded blocks, interpolation strategies and alignment loss, as in the authors' code",
     )
-    verdict = Verdict()
+    verdict = Verdict(
+        "reproduced",
+        "made-up facts, small Llama, 3 seeds: log-likelihood of known facts falls by 0.78, 0.97, 0.86 nats per token "
+        "(fine-tuning: 1.92, 1.73, 2.20; copies without alignment: 2.58, 2.23, 3.25), new facts end at -0.06, -0.61, "
+        "-0.07 (fine-tuning: -0.01, -0.30, -0.02); copies were taught at twice the rate, with an alignment of 30",
+    )
 
     every: int = param(4, "the last of so many blocks is expanded; of all, if there are fewer", ge=1)
     layers: str = param("", "the blocks to expand instead, as '0,3-5'")
