@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from vestige.core.method import Paper, param
+from vestige.core.method import Paper, Verdict, param
 from vestige.core.patch import Patch
 from vestige.weights.retain.learner import Batch, Learner, Running, held
 from vestige.weights.retain.session import Session, wide
@@ -142,6 +142,12 @@ class GeRe(Learner):
         arxiv="2508.04676",
         code="https://github.com/Qznan/GeRe",
         equations="threshold-based margin loss, its thresholds and states, and the joint objective",
+    )
+    verdict = Verdict(
+        "reproduced",
+        "four digits known, six learnt two at a time, small ViT, 3 seeds: 95%, 95%, 91% right on the known ones at the "
+        "end, 0% after fine-tuning; replay of their labels alone keeps 96%, 89%, 89%, so that the margin adds -1, 6 and "
+        "2 points; its weight was 1, as with 100 nothing new is learnt",
     )
 
     samples: int = param(1000, "general samples used at most, from the first on", ge=1)
