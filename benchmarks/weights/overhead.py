@@ -62,10 +62,11 @@ class Steps(TrainerCallback):
             self.passes.append(self.count)
 
 
-def pictures(rows: int, seed: int) -> TensorDataset:
+def pictures(first: int, second: int, seed: int) -> TensorDataset:
+    """Noise, so many rows of the first two classes and of the next two."""
     draw = torch.Generator().manual_seed(seed)
-    side, labels = IMAGES["image_size"], torch.arange(rows) % 4
-    return TensorDataset(torch.rand(rows, 1, side, side, generator=draw), labels)
+    side, labels = IMAGES["image_size"], torch.cat([torch.arange(first) % 2, 2 + torch.arange(second) % 2])
+    return TensorDataset(torch.rand(len(labels), 1, side, side, generator=draw), labels)
 
 
 def steps(spec: dict[str, Any], args: argparse.Namespace) -> Steps:
@@ -86,10 +87,10 @@ def steps(spec: dict[str, Any], args: argparse.Namespace) -> Steps:
             per_device_train_batch_size=args.batch,
             learning_rate=1e-4,
         )
-        general = pictures(2 * args.batch, 2) if learner.needs_general else None
+        general = pictures(args.batch, args.batch, 2) if learner.needs_general else None
         trainer = ContinualTrainer(model, learner, training, general=general, callbacks=[spy])
-        data = pictures(2 * args.batch * args.steps, 0)
-        trainer.run(Stream.by_class(data, pictures(8, 1), experiences=2))
+        data = pictures(args.batch, args.batch * args.steps, 0)
+        trainer.run(Stream.by_class(data, pictures(4, 4, 1), experiences=2))
     return spy
 
 
@@ -98,7 +99,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--only", nargs="+", help="names; default: every registered learner")
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=7)
     parser.add_argument("--minutes", type=float)
     args = parser.parse_args()
     torch.set_num_threads(1)

@@ -233,7 +233,7 @@ def main() -> None:
     parser.add_argument("--peer", type=Path, required=True, help="a clone of the authors' repository")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--images", type=int, default=64)
+    parser.add_argument("--images", type=int, default=48)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--patches", type=int, nargs="+", default=[14, 7, 4], help="sides of the patches")
     parser.add_argument("--repeats", type=int, default=2)
