@@ -106,7 +106,7 @@ def main() -> None:
         if name != "retrain" and (not args.only or name in args.only)  # the reference of all
         for changes in ({}, *FORMS.get(name, ()))
     ]
-    for task_name, seed in [(task, seed) for task in TASKS for seed in args.seeds]:
+    for seed, task_name in [(seed, task) for seed in args.seeds for task in TASKS]:
         wanted = [form for form in forms if (task_name, form[0], seed) not in done]
         if not wanted or clock.over:
             continue
