@@ -42,7 +42,8 @@ def results(name: str) -> list[dict[str, Any]]:
 def matrix_figure() -> str:
     """One map per learner with its own settings: mean share right on each experience after each."""
     found: dict[str, list[list[list[float]]]] = defaultdict(list)
-    for row in results("retain-digits.json"):
+    rows_held = results("retain-digits.json")
+    for row in rows_held:
         if "=" not in row["learner"]:
             found[row["learner"]].append(row["matrix"])
     means = {name: _mean(matrices) for name, matrices in found.items()}
@@ -65,8 +66,13 @@ def matrix_figure() -> str:
                     parts.append(text(x + CELL / 2, y + CELL / 2 + 4, f"{100 * score:.0f}", "small", "middle", ink))
     rows = -(-len(order) // ACROSS)
     foot = 62 + rows * high - 18
-    parts.append(text(14, foot, "Beside each name: the mean of the last row. Means over three seeds.", "small"))
+    note = f"Beside each name: the mean of the last row. Means over {_seeds(rows_held)} seeds."
+    parts.append(text(14, foot, note, "small"))
     return svg(14 + ACROSS * wide, foot + 14, parts, "Scores on each experience after each, by learner")
+
+
+def _seeds(rows: list[dict[str, Any]]) -> int:
+    return len({row["seed"] for row in rows})
 
 
 def _mean(matrices: list[list[list[float]]]) -> list[list[float]]:
@@ -114,9 +120,8 @@ def audit_figure() -> str:
         parts.append(f'<circle style="fill:{PALETTE[number % len(PALETTE)]}" cx="{x}" cy="{y - 4:.1f}" r="5"/>')
         parts.append(text(x + 11, y, eraser, "small"))
     at += 12 + -(-len(erasers) // 3) * 20 + 4
-    parts.append(
-        text(10, at, "Upright: the model trained again without them; dashed: before. Means of three seeds.", "small")
-    )
+    note = f"Upright: the model trained again without them; dashed: before. Means of {_seeds(rows)} seeds."
+    parts.append(text(10, at, note, "small"))
     return svg(780, int(at + 12), parts, "What remains after erasing, by eraser")
 
 
