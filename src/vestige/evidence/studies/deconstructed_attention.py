@@ -49,7 +49,12 @@ class DeconstructedAttention(Study):
         equations="1-3 and 6-13, uniform and with the simple layers at odd places; perplexity. Without mixing (4-5) a "
         "fourth matrix stands beside the gated three, so that the parameters are as many",
     )
-    verdict = Verdict()
+    verdict = Verdict(
+        "not reproduced",
+        "7 of 8 findings: no model does without mixing, and a form that compares no pairs keeps 15 to 16% of its gain "
+        "alone, 82 to 84% in every other layer. Not all variants gain by that: after 200 steps on texts of 48 bytes, "
+        "fixed sequences do as well as standard attention everywhere (95 to 115%), which the paper does not see",
+    )
     FULL = {"hidden": 256, "heads": 8, "layers": 6, "length": 256, "rows": 32, "steps": 4000}  # noqa: RUF012
 
     hidden: int = param(48, "width of the models", ge=8)
