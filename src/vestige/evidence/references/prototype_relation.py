@@ -7,9 +7,9 @@
     L     = L_SC + a L_p + b L_d
 
 or, over prototypes, the softmax runs over the old classes c of one experience, with the mean over rows i and the sum
-over experiences. Prototypes are the rows of the output layer, of length 1 at the start and in the end; its bias is 0. g
-is linear, ReLU, linear, even within 1 / sqrt(inputs) at first. A second view of each row, here the same again, doubles
-the batch.
+over experiences. Prototypes are the rows of the output layer, short at first and of length 1 in the end; its bias is 0.
+g is linear, ReLU, linear, even within 1 / sqrt(inputs) at first. A second view of each row, here the same again,
+doubles the batch.
 """
 
 from __future__ import annotations
@@ -62,6 +62,7 @@ def learn(
     prototypes: float,
     relations: float,
     softness: float,
+    length: float,
     over: str,
     projection: int,
     views: int,
@@ -69,7 +70,7 @@ def learn(
     """See :mod:`vestige.evidence.references.learning`."""
     zero = torch.zeros_like(weights[BIAS])
     v = {name: w for name, w in weights.items() if name != BIAS}
-    v[PROTOTYPES] = unit(v[PROTOTYPES])
+    v[PROTOTYPES] = length * unit(v[PROTOTYPES])
     dim, draw = v[PROTOTYPES].shape[1], torch.Generator().manual_seed(SEED)
     for name, rows in (("first", dim), ("second", projection)) if projection else ():
         v[name] = (2 * torch.rand(rows, dim, generator=draw, dtype=torch.float64) - 1) / math.sqrt(dim)

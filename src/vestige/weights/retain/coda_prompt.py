@@ -272,7 +272,12 @@ class CodaPrompt(Learner):
         code="https://github.com/GT-RIPL/CODA-Prompt",
         equations="prompt assembly, its attention, expansion, orthogonality and the whole objective (section 4)",
     )
-    verdict = Verdict()
+    verdict = Verdict(
+        "reproduced",
+        "split digits, class-incremental, on a ViT that was taught turned digits and stands still, 3 seeds: 69%, 86%, "
+        "60% right at the end, where fine-tuning the same ViT ends at 33%; what an output layer alone would keep on it, "
+        "and the margin over other prompts, were not looked at",
+    )
 
     components: int = param(10, "that each experience adds to each layer", ge=1)
     length: int = param(8, "of a prompt in tokens, even: one half goes before the keys, one before the values", ge=2)

@@ -108,11 +108,11 @@ class _PrototypeRelation(Running):
         if layer.bias is not None:
             layer.bias.requires_grad_(False)
             layer.bias.data.zero_()
-        self._of_unit_length()
+        self._to_length(learner.length)
 
     @torch.no_grad()
-    def _of_unit_length(self) -> None:
-        self.layer.weight.copy_(F.normalize(wide(self.layer.weight), dim=-1))
+    def _to_length(self, length: float) -> None:
+        self.layer.weight.copy_(length * F.normalize(wide(self.layer.weight), dim=-1))
 
     def _look(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         self.input_of_head = args[0]
@@ -182,7 +182,7 @@ class _PrototypeRelation(Running):
         self.views = []
         if self.patch is not None:
             self.patch.undo()
-            self._of_unit_length()  # the output layer alone now answers as the nearest prototype does
+            self._to_length(1.0)  # the output layer alone now answers as the nearest prototype does
 
     def tensors(self) -> dict[str, Tensor]:
         return dict(self.anchor)
@@ -225,12 +225,18 @@ class PrototypeRelation(Learner):
         code="https://github.com/naderAsadi/Probing-Continual-Learning",
         equations="supervised contrast, prototype learning without contrast, relation distillation, and their sum",
     )
-    verdict = Verdict()
+    verdict = Verdict(
+        "not reproduced",
+        "split digits, class-incremental, small ViT, relations over prototypes with weight 1, 3 seeds: 37%, 33%, 33% "
+        "right at the end, above fine-tuning (20%, 18%, 16%), but old digits are mostly forgotten, and rehearsal-free "
+        "keeps 30%, 52%, 50%; with the task told 92%, 65%, 81% (fine-tuning: 86%, 72%, 66%)",
+    )
 
     temperature: int | float = param(0.1, "of the contrast between samples", gt=0)
     prototypes: int | float = param(2.0, "weight of the prototypes' distance from the features of their class", gt=0)
     relations: int | float = param(4.0, "weight of the relation distillation", ge=0)
     softness: int | float = param(1.0, "by which similarities are divided in the distillation", gt=0)
+    length: int | float = param(0.03, "of prototypes at first; at one learning rate short ones turn faster", gt=0)
     over: Literal["samples", "prototypes"] = param("samples", "what a relation spreads over")
     projection: int = param(128, "width in which samples are contrasted; 0: the features themselves", ge=0)
     views: int = param(2, "of each row in an update; a second one differs where the data or dropout do", ge=1, le=2)
