@@ -164,6 +164,11 @@ class LongHeads(Select):
         open_queries = entries.aside.get("open queries")
         if open_queries is None:
             open_queries = look.query.new_zeros(batch, heads, length, dim)
+            entries.aside["open queries"] = open_queries
+        held = before[0] % length
+        if step.positions is None and held + step.count < length:  # no chunk ends, and no row differs
+            open_queries[:, :, held : held + step.count] = look.query
+            return
         rest = torch.tensor([seen % length for seen in before], device=device)
         start = torch.tensor([seen - seen % length for seen in before], device=device)
         real = torch.tensor(step.real, device=device)
@@ -179,10 +184,10 @@ class LongHeads(Select):
 
         if most:
             text = _Text(entries, look, step)
-            held = entries.aside.get("chunks")
+            known = entries.aside.get("chunks")
             chunks = look.query.new_zeros(batch, heads, max(complete), dim)
-            if held is not None:
-                chunks[:, :, : held.shape[2]] = held
+            if known is not None:
+                chunks[:, :, : known.shape[2]] = known
             for number in range(most):
                 rows = (start + (number + 1) * length <= real).nonzero().flatten()
                 index = where[rows, number * length : (number + 1) * length]

@@ -102,7 +102,12 @@ class RecognitionRecallRetention(Study):
         arxiv="2303.17557",
         equations="recognition by lower loss, recall by ROUGE-2 of the second half, retention over updates (section 2)",
     )
-    verdict = Verdict()
+    verdict = Verdict(
+        "not reproduced",
+        "As claimed, SmolLM2 recognises 98 to 100% after one reading, recalls 0.89 to 0.95 after three, and twelve "
+        "updates on other text take 61 to 86% of that and nothing of recognition; but a small model over bytes "
+        "recognises only 45 to 67% after one reading, where 90% were due",
+    )
     MODEL: ClassVar[str | None] = "smollm2"
     FULL: ClassVar[Mapping[str, Any]] = {
         "items": 100,
@@ -114,10 +119,10 @@ class RecognitionRecallRetention(Study):
     items: int = param(8, "sentences, and as many strings, that are studied together", ge=2)
     longest: int = param(24, "tokens of a sentence at most, for the language model", ge=6)
     exposures: int = param(3, "times that each is read", ge=2)
-    updates: tuple[int, ...] = param((1, 4, 10), "updates on other text after which memory is measured")
+    updates: tuple[int, ...] = param((1, 4, 12), "updates on other text after which memory is measured")
     rows: int = param(4, "texts in each update", ge=1)
-    rate: float = param(3e-5, "learning rate of the language model", gt=0)
-    small_updates: int = param(250, "updates by which the small model learns from text before it studies", ge=1)
+    rate: float = param(5e-4, "learning rate of the language model", gt=0)
+    small_updates: int = param(150, "updates by which the small model learns from text before it studies", ge=1)
     small_hidden: int = param(96, "width of the small model", ge=8)
     small_rate: float = param(1e-3, "its learning rate while it studies and after", gt=0)
     batch: int = param(8, "texts that are looked at together", ge=1)
@@ -157,7 +162,7 @@ class RecognitionRecallRetention(Study):
         sizes = {"hidden_size": self.small_hidden, "intermediate_size": 3 * self.small_hidden, "num_hidden_layers": 3}
         ends = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
         model = LlamaForCausalLM(LlamaConfig(vocab_size=256, num_attention_heads=4, **sizes, **ends)).to(device)
-        learner = torch.optim.AdamW(model.parameters(), lr=3 * self.small_rate, weight_decay=0)
+        learner = torch.optim.AdamW(model.parameters(), lr=3 * self.small_rate, weight_decay=0, fused=True)
         text, chance = byte_text()[0], torch.Generator().manual_seed(seed)
         for _ in range(self.small_updates):
             _update(model, learner, crops(text, 12, 96, chance).tolist())
@@ -167,7 +172,7 @@ class RecognitionRecallRetention(Study):
         self, model: Any, items: Items, seed: int, rate: float, tell: Callable[[float], None]
     ) -> dict[str, Any]:
         """Recognition and recall after each exposure, and after updates on other text."""
-        learner = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0)
+        learner = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0, fused=True)
         studied = [*items.sentences, *items.strings]
         chance = random.Random(f"order {seed}")
         unseen = self._losses(model, items.foils), self._losses(model, items.sentences)
