@@ -36,8 +36,9 @@ def changed(expansion: Expansion, size: float = 0.3) -> Expansion:
     return expansion
 
 
-@pytest.mark.parametrize("family", [f for f in DECODERS if f != "opt"])
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    ("family", "form"), [*((f, "lerp") for f in DECODERS), *(("llama", form) for form in FORMS if form != "lerp")]
+)
 def test_copies_change_nothing_until_they_learn_and_nothing_is_left_of_them(family, form):
     model = build(family)
     ids = token_ids(model, batch=2)
@@ -106,7 +107,7 @@ def test_hidden_states_are_the_merged_ones_and_attention_is_the_models():
 def test_a_run_leaves_the_model_as_it_was_and_what_was_learnt_is_saved_and_loaded(tmp_path):
     method = ControlLLM(every=1, interpolation="dlerp", freeze_head=False)
     model, before = vit(), vit()
-    trainer = ContinualTrainer(model, method, arguments(num_train_epochs=6))
+    trainer = ContinualTrainer(model, method, arguments(num_train_epochs=3))
     run = trainer.run(stream())
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before.parameters(), strict=True))
     expansion = trainer.running.expansion
@@ -135,6 +136,7 @@ def test_a_run_leaves_the_model_as_it_was_and_what_was_learnt_is_saved_and_loade
             Expansion.load(tmp_path / wrong)
 
 
+@pytest.mark.slow  # the certificate cuts a run too, and looks at its scores
 def test_a_cut_run_learns_the_same(tmp_path):
     from transformers import TrainerCallback
 
@@ -162,24 +164,22 @@ def test_a_cut_run_learns_the_same(tmp_path):
     assert all(torch.equal(due[name], found[name]) for name in due)
 
 
-@pytest.mark.parametrize("distance", ["mse", "cosine"])
+@pytest.mark.slow  # the certificate looks at the form that is the default
 @pytest.mark.parametrize(
     "changes",
     [
-        {"interpolation": "lerp", "learn_share": True, "share": 0.3},
+        {"interpolation": "lerp", "learn_share": True, "share": 0.3, "distance": "cosine"},
         {"interpolation": "dlerp", "balance": "dynamic"},
-        {"interpolation": "dlerp-in", "learn_share": True},
-        {"interpolation": "prog"},
+        {"interpolation": "dlerp-in", "learn_share": True, "freeze_head": True},
+        {"interpolation": "prog", "every": 4},
         {"structure": "hybrid"},
-        {"structure": "stack"},
-        {"every": 4, "freeze_head": True},
     ],
     ids=lambda changes: "-".join(map(str, changes.values())),
 )
-def test_every_form_agrees_with_its_reference(distance, changes):
+def test_every_form_agrees_with_its_reference(changes):
     from vestige.evidence.certify.weights_retain import LearnerCase, weights_are_the_references
 
-    learner = ControlLLM(**{"every": 1, "freeze_head": False, "alignment": 3.0, "distance": distance, **changes})
+    learner = ControlLLM(**{"every": 1, "freeze_head": False, "alignment": 3.0, **changes})
 
     class Case(LearnerCase):
         fitted = learner
@@ -204,22 +204,22 @@ def test_padding_is_no_part_of_the_alignment():
         with changed(learner.expansion.attach(model.train())):
             for mask, found in ((batch, with_mask), ({}, without)):
                 learner.objective(None, mask, model(**batch))
-                found.append(float(learner.gap))
+                found.append(float(learner.gap.detach()))
     assert with_mask[0] == pytest.approx(with_mask[1], rel=1e-5)
     assert without[0] != pytest.approx(without[1], rel=1e-3)
 
 
 def test_alignment_holds_the_copies_near_the_frozen_blocks():
     moved = []
-    for weight in (0.0, 50.0):
+    for weight in (0.0, 500.0):
         method = ControlLLM(every=1, alignment=weight, freeze_head=False)
-        trainer = ContinualTrainer(vit(), method, arguments(num_train_epochs=10))
-        trainer.run(stream())
+        trainer = ContinualTrainer(vit(), method, arguments(num_train_epochs=8))
+        trainer.run(stream(experiences=1))
         model = vit().eval()
         before = model(blobs().tensors[0], output_hidden_states=True).hidden_states[-1]
         with trainer.running.expansion.attach(model):
             after = model(blobs().tensors[0], output_hidden_states=True).hidden_states[-1]
-        moved.append(float((after - before).square().mean()))
+        moved.append(float((after - before).detach().square().mean()))
     assert 0 < moved[1] < 0.2 * moved[0]
 
 
