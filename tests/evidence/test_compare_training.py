@@ -83,7 +83,7 @@ def test_what_cannot_be_trained_is_recorded_and_tried_again(tmp_path):
 
 def test_the_page_and_the_recommendation_know_layers(finished):
     told = markdown(read_ledgers([finished.ledger.path]))
-    assert "| delta-net | none |" in told and "mqar" in told and "per context" in told
+    assert "| delta-net | " in told and "| budget |" not in told and "mqar" in told and "per context" in told
     found = recommend("1 layer of 16, 2 heads", memory="1GB", task="mqar", ledgers=[finished.ledger.path])
     assert found.command.startswith("vestige.models.VestigeConfig(blocks=[vestige.method(")
 

@@ -167,7 +167,8 @@ def _quality(points: Points, names: Mapping[Point, str], cost: Cost, anchor: str
             )
         if cost is bytes_cost:
             columns, rows, leads = _numbers(own, names)
-            blocks.append(Table(columns, rows, f"{task} on {model}: {metric}", labels=2, points=leads))
+            labels = 1 + ("budget" in columns)
+            blocks.append(Table(columns, rows, f"{task} on {model}: {metric}", labels=labels, points=leads))
     return blocks
 
 
@@ -188,7 +189,9 @@ def _numbers(own: Sequence[Point], names: Mapping[Point, str]) -> tuple[list[str
         ]
         for point in own
     ]
-    return columns, rows, [names[point] for point in own if point in names]
+    told = [n for n in range(len(columns)) if any(row[n] not in ("", "none") for row in rows)]
+    chosen = [[row[n] for n in told] for row in rows]  # no column without a word
+    return [columns[n] for n in told], chosen, [names[point] for point in own if point in names]
 
 
 def _forgetting(rows: Sequence[Row]) -> list[Any]:
