@@ -137,7 +137,7 @@ class Interrupted(Exception):  # noqa: N818 (what happened)
 
 @learners.check("reference")
 def weights_are_the_references(case: LearnerCase) -> Seen:
-    """After three experiences of plain descent in float64 all weights, also those beside the model, are the reference's."""
+    """After three experiences of plain descent in float64 all weights, some beside the model, are the reference's."""
     module = reference_of(case.method.name)
     expect(module is not None, f"no reference for {case.method.name!r}")
     stream = case.stream()
