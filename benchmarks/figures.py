@@ -3,7 +3,7 @@
     python benchmarks/figures.py            # into docs/figures/methods
 
 Cache policies: needles and perplexity against bytes (context/quality.jsonl). Mixers: what small models of them learn
-(layers/recall.jsonl, the ledger of ``vestige compare examples/compare-layers.yaml`` over more mixers). Studies: every
+(layers/recall.jsonl, the ledger of ``vestige compare examples/compare-layers.yaml``). Studies: every
 finding beside what was due (studies/NAME.jsonl, the ledger of ``vestige study NAME``). Narrow plain SVG, readable on
 light and dark pages and on a telephone.
 """
@@ -79,14 +79,15 @@ def mixers(rows: list[dict]) -> Iterator[tuple[str, str]]:
             parts.append(f'<circle {mark} cx="{x(found.value):.1f}" cy="{y}">{hint}</circle>')
         return parts
 
-    for mixer in dict.fromkeys(point.method for _, points in groups for point in points):
+    names = {point.method: point.spec["name"] for _, points in groups for point in points}
+    for mixer, name in names.items():
         parts = [text(10, 22, f"Right answers of small models: {mixer}", "title")]
         for number, (task, points) in enumerate(groups):
             parts += line(task, points, mixer, 52 + 34 * number)
         base = 52 + 34 * len(groups)
         parts += [text(x(share), base, f"{share:.0%}", "small", "middle") for share in (0, 0.5, 1)]
         parts.append(text(10, base + 24, "bar: 95% interval; grey: other mixers; dotted: chance", "small"))
-        yield mixer, svg(WIDTH, base + 34, parts, f"{mixer}: what small models of it learn")
+        yield name, svg(WIDTH, base + 34, parts, f"{mixer}: what small models of it learn")
 
 
 def findings(name: str, rows: list[dict]) -> str:
@@ -115,7 +116,7 @@ def _track(finding: Finding, y: float) -> list[str]:
     first = x(low if finding.at_least is None else finding.at_least)
     last = x(high if finding.at_most is None else finding.at_most)
     colour = OWN if finding.held else WRONG
-    told = f"{min(finding.measured):.3g} to {max(finding.measured):.3g}"
+    told = f"{min(finding.measured):.2g} to {max(finding.measured):.2g}"
     parts = [
         f'<line class="grid" x1="{left}" x2="{left + width}" y1="{y}" y2="{y}"/>',
         f'<rect style="fill:{OWN};opacity:.25" x="{first:.1f}" width="{max(2.0, last - first):.1f}" '
