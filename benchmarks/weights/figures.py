@@ -66,13 +66,14 @@ def matrix_figure() -> str:
                     parts.append(text(x + CELL / 2, y + CELL / 2 + 4, f"{100 * score:.0f}", "small", "middle", ink))
     rows = -(-len(order) // ACROSS)
     foot = 62 + rows * high - 18
-    note = f"Beside each name: the mean of the last row. Means over {_seeds(rows_held)} seeds."
+    note = f"Beside each name: the mean of the last row. {_seeds(rows_held)}."
     parts.append(text(14, foot, note, "small"))
     return svg(14 + ACROSS * wide, foot + 14, parts, "Scores on each experience after each, by learner")
 
 
-def _seeds(rows: list[dict[str, Any]]) -> int:
-    return len({row["seed"] for row in rows})
+def _seeds(rows: list[dict[str, Any]]) -> str:
+    count = len({row["seed"] for row in rows})
+    return "One seed" if count == 1 else f"Means over {count} seeds"
 
 
 def _mean(matrices: list[list[list[float]]]) -> list[list[float]]:
@@ -87,6 +88,8 @@ def audit_figure() -> str:
     parts, at = [], 8.0
     for task, title in (("class", "To forget: one class"), ("random", "To forget: a hundred rows at random")):
         chosen = [row for row in rows if row["task"] == task]
+        if not chosen:
+            continue
         at += 18
         parts.append(text(10, at, title, "title"))
         at += 12
@@ -95,12 +98,6 @@ def audit_figure() -> str:
             high = line * len(erasers) * 0.62 + 12
             parts.append(text(left - 12, at + high / 2 + 4, says, "small", "end"))
             values = _means(chosen, measure)
-            for number, eraser in enumerate(erasers):
-                if eraser in values:
-                    y = at + 8 + number * line * 0.62
-                    colour, x = PALETTE[number % len(PALETTE)], left + width * values[eraser]["erased"]
-                    hint = f"<title>{escape(eraser)}, {says}: {values[eraser]['erased']:.2f}</title>"
-                    parts.append(f'<circle style="fill:{colour}" cx="{x:.1f}" cy="{y:.1f}" r="4.2">{hint}</circle>')
             some = next(iter(values.values()))
             for subject, mark in (("retrained", "mark"), ("before", "before")):
                 x = left + width * some[subject]
@@ -108,6 +105,12 @@ def audit_figure() -> str:
                 cls = "axis" if mark == "before" else "mark"
                 parts.append(f'<line class="{cls}"{dash} x1="{x:.1f}" x2="{x:.1f}" y1="{at + 2:.1f}" '
                              f'y2="{at + high - 2:.1f}"/>')  # fmt: skip
+            for number, eraser in enumerate(erasers):
+                if eraser in values:
+                    y = at + 8 + number * line * 0.62
+                    colour, x = PALETTE[number % len(PALETTE)], left + width * values[eraser]["erased"]
+                    hint = f"<title>{escape(eraser)}, {says}: {values[eraser]['erased']:.2f}</title>"
+                    parts.append(f'<circle style="fill:{colour}" cx="{x:.1f}" cy="{y:.1f}" r="4.2">{hint}</circle>')
             at += high
             parts.append(f'<line class="grid" x1="{left}" x2="{left + width}" y1="{at:.1f}" y2="{at:.1f}"/>')
         for share in (0, 0.25, 0.5, 0.75, 1):
@@ -120,7 +123,7 @@ def audit_figure() -> str:
         parts.append(f'<circle style="fill:{PALETTE[number % len(PALETTE)]}" cx="{x}" cy="{y - 4:.1f}" r="5"/>')
         parts.append(text(x + 11, y, eraser, "small"))
     at += 12 + -(-len(erasers) // 3) * 20 + 4
-    note = f"Upright: the model trained again without them; dashed: before. Means of {_seeds(rows)} seeds."
+    note = f"Upright: the model trained again without them; dashed: before. {_seeds(rows)}."
     parts.append(text(10, at, note, "small"))
     return svg(780, int(at + 12), parts, "What remains after erasing, by eraser")
 
@@ -134,10 +137,16 @@ def _means(rows: list[dict[str, Any]], measure: str) -> dict[str, dict[str, floa
     return {name: {subject: mean(values) for subject, values in each.items()} for name, each in found.items()}
 
 
+def drawn() -> dict[str, str]:
+    """The figures of the results that there are."""
+    figures = {"retain": matrix_figure, "erase": audit_figure}
+    return {f"{name}.svg": draw() for name, draw in figures.items() if (HERE / f"{name}-digits.json").is_file()}
+
+
 def main() -> None:
     OUT.mkdir(exist_ok=True)
-    for name, draw in (("retain.svg", matrix_figure), ("erase.svg", audit_figure)):
-        (OUT / name).write_text(draw(), encoding="utf-8")
+    for name, figure in drawn().items():
+        (OUT / name).write_text(figure, encoding="utf-8")
         print(OUT / name)
 
 

@@ -156,6 +156,7 @@ def timed(peer: Any, estimator: str, patch: int, args: argparse.Namespace) -> di
     return {
         "what": "seconds",
         "estimator": estimator,
+        "images": args.images,
         "patch": patch,
         "tokens": (IMAGES["image_size"] // patch) ** 2 + 1,
         "batch": batch,
@@ -247,13 +248,14 @@ def main() -> None:
     peer = authors(args.peer)
     weights = sum(p.numel() for p in new_model("cpu", 4).parameters())
     rows = known(args.out)
+    timings = {(row["patch"], row["estimator"], row["images"]) for row in rows if "patch" in row}
     done = [{key: row[key] for key in row.keys() & {"side", "estimator", "batch", "patch"}} for row in rows]
-    result: dict[str, Any] = {**here(args.device), "weights": weights, "images": args.images, "rows": rows}
+    result: dict[str, Any] = {**here(args.device), "weights": weights, "rows": rows}
     works: list[Callable[[], dict[str, Any]]] = [
         functools.partial(timed, peer, estimator, patch, args)
         for patch in args.patches
         for estimator in ESTIMATORS
-        if not any(row.get("patch") == patch and row["estimator"] == estimator for row in rows)
+        if (patch, estimator, args.images) not in timings
     ]
     works += [
         functools.partial(memory, side, estimator, batch, args)

@@ -1,0 +1,37 @@
+"""The tables and figures of docs/weights.md are those of the results in benchmarks/weights."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGE = ROOT / "docs" / "weights.md"
+
+
+def script(path: str, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A script as a module."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    found = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
+    assert found is not None and found.loader is not None
+    module = importlib.util.module_from_spec(found)
+    found.loader.exec_module(module)
+    return module
+
+
+def test_tables_are_those_of_the_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    page = PAGE.read_text(encoding="utf-8")
+    assert script("docs/scripts/weights.py", monkeypatch).written(page) == page, "run: python docs/scripts/weights.py"
+
+
+def test_figures_are_those_of_the_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = script("benchmarks/weights/figures.py", monkeypatch)
+    figures = module.drawn()
+    assert figures
+    for name, figure in figures.items():
+        held = (module.OUT / name).read_text(encoding="utf-8")
+        assert figure == held, "run: python benchmarks/weights/figures.py"
