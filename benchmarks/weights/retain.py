@@ -46,7 +46,9 @@ FORMS: dict[str, list[dict[str, Any]]] = {
         {"feature": 1.0, "prediction": 0},
     ],
     "replay": [{"size": 40}],
-    "gere": [{"weight": 0}],
+    "gere": [{"weight": 0}, {"weight": 1}],
+    "coda-prompt": [{"components": 6}],
+    "control-llm": [{"freeze_head": False}],
 }
 
 

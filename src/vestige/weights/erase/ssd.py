@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from vestige.core.method import Paper, Verdict, param
 from vestige.core.patch import Patch
@@ -123,17 +125,30 @@ def per_example(work: Work, examples: Examples) -> dict[str, Tensor]:
 
 def batch_mean(work: Work, examples: Examples) -> tuple[dict[str, Tensor], int]:
     """The mean over batches of the squared gradient of the batch's mean loss, and the number of batches."""
-    weights = list(work.parameters.values())
-    total = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in weights]
+    leaves = {name: p.detach().requires_grad_() for name, p in work.parameters.items()}
+    total = {
+        name: torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32), requires_grad=False)
+        for name, p in leaves.items()
+    }
+    for name, leaf in leaves.items():  # each gradient is squared as soon as it is there, and not held
+        leaf.register_post_accumulate_grad_hook(_squared_into(total[name]))
     count = 0
     # Mixed, so that a set that is sorted by class gives the same as one that is not.
     for _, batch in work.batches(examples, work.generator()):
-        found = torch.autograd.grad(work.losses(batch).mean(), weights, allow_unused=True)
-        for so_far, gradient in zip(total, found, strict=True):
-            if gradient is not None:
-                so_far += gradient.to(so_far.dtype).square()
+        given = {key: value for key, value in batch.items() if key != "labels"}
+        logits = functional_call(work.model, leaves, (), given).logits
+        row_losses(logits, batch["labels"], work.reader.causal).mean().backward(inputs=list(leaves.values()))
         count += 1
-    return {name: value / count for name, value in zip(work.parameters, total, strict=True)}, count
+    return {name: value.div_(count) for name, value in total.items()}, count
+
+
+def _squared_into(total: Tensor) -> Callable[[Tensor], None]:
+    def hook(leaf: Tensor) -> None:
+        assert leaf.grad is not None
+        total.addcmul_(leaf.grad.to(total.dtype), leaf.grad.to(total.dtype))
+        leaf.grad = None
+
+    return hook
 
 
 def automatic_alpha(ratios: np.ndarray, share: float) -> float:
