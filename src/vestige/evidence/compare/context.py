@@ -208,18 +208,9 @@ class ContextCell(Cell):
         )
         return replace(self, key=key, given=given)
 
-    def described(self) -> dict[str, Any]:
-        return {
-            "model": self.model,
-            "label": label(self.method),
-            "task_label": label(self.task),
-            "task": self.task.spec(),
-            "method": self.method.spec(),
-            "budget": None if self.budget is None else [self.budget.value, self.budget.unit],
-            "seed": self.seed,
-            **vars(self.way),
-            "given": dict(self.given),
-        }
+    def how(self) -> dict[str, Any]:
+        budget = None if self.budget is None else [self.budget.value, self.budget.unit]
+        return {"budget": budget, **vars(self.way)}
 
     def asked(self) -> dict[str, Any] | None:
         return None if self.budget is None else {"asked": str(self.budget), "equal": self.way.equal}

@@ -8,11 +8,13 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from vestige.core.method import Method
+from vestige.evidence.budgets import label
+from vestige.evidence.engine.bench import device_name
 
 if TYPE_CHECKING:
     from vestige.evidence.tasks.task import Task, TaskScore
 
-__all__ = ["Ask", "Cell", "Job", "Plan", "scored"]
+__all__ = ["Ask", "Cell", "Job", "Plan", "Trainer", "scored"]
 
 TRACE = 1500  # characters of a traceback, its end, that go into the row of a cell that failed
 
@@ -45,6 +47,20 @@ class Cell:
 
     def described(self) -> dict[str, Any]:
         """The cell as plain JSON types: enough to measure it again."""
+        return {
+            "model": self.model,
+            "label": label(self.method),
+            "task_label": label(self.task),
+            "task": self.task.spec(),
+            "method": self.method.spec(),
+            "budget": None,
+            "seed": self.seed,
+            "given": dict(self.given),
+            **self.how(),
+        }
+
+    def how(self) -> dict[str, Any]:
+        """What the kind of comparison adds to that."""
         raise NotImplementedError
 
     def asked(self) -> dict[str, Any] | None:
@@ -73,6 +89,23 @@ class Cell:
     def on(self, given: Mapping[str, str]) -> Self:
         """The cell, measured with these weights, on this device."""
         return replace(self, given=dict(given))
+
+
+class Trainer:
+    """A worker that trains models of its own."""
+
+    def given(self, device: str) -> dict[str, str]:
+        """What all measurements depend on beside their cells.
+
+        Raises:
+            SpecError: this machine has no such device.
+        """
+        import vestige
+        from vestige.models.hub import find_device
+
+        place = find_device(device)
+        assert place is not None
+        return {"vestige": vestige.__version__, "device": device_name(place)}
 
 
 def scored(task: Task, score: TaskScore) -> dict[str, Any]:

@@ -14,10 +14,10 @@ import torch
 
 from vestige.errors import SpecError
 from vestige.evidence.budgets import label
-from vestige.evidence.compare.plan import Ask, Cell, scored
+from vestige.evidence.compare.plan import Ask, Cell, Trainer, scored
 from vestige.evidence.compare.spec import Comparison, Lines, PlacedError
 from vestige.evidence.descent import descend
-from vestige.evidence.engine.bench import device_name, now
+from vestige.evidence.engine.bench import now
 from vestige.evidence.engine.record import cell_key
 from vestige.evidence.tasks.task import Task, TrainingTask
 from vestige.layers.channels.base import Channel
@@ -178,21 +178,9 @@ class TrainingCell(Cell):
         )
         return replace(self, key=key, given=given)
 
-    def described(self) -> dict[str, Any]:
-        return {
-            "model": self.model,
-            "label": label(self.method),
-            "task_label": label(self.task),
-            "task": self.task.spec(),
-            "method": self.method.spec(),
-            "budget": None,
-            "seed": self.seed,
-            "sizes": self.sizes.told(),
-            "lesson": asdict(self.lesson),
-            "batch": self.batch,
-            "device": self.device,
-            "given": dict(self.given),
-        }
+    def how(self) -> dict[str, Any]:
+        lesson = asdict(self.lesson)
+        return {"sizes": self.sizes.told(), "lesson": lesson, "batch": self.batch, "device": self.device}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -244,20 +232,8 @@ class TrainingPlan:
         return [TrainingJob(cell=cell, seconds=seconds(replace(cell, seed=0))) for cell in missing]
 
 
-class TrainingWorker:
+class TrainingWorker(Trainer):
     """Trains models and asks them."""
-
-    def given(self, device: str) -> dict[str, str]:
-        """What all measurements depend on beside their cells.
-
-        Raises:
-            SpecError: this machine has no such device.
-        """
-        import vestige
-
-        place = find_device(device)
-        assert place is not None
-        return {"vestige": vestige.__version__, "device": device_name(place)}
 
     def seconds(self, cell: TrainingCell) -> float:
         """About how long a cell takes, seen on its first steps; nothing where it fails: its row will tell why."""

@@ -16,10 +16,8 @@ import torch
 
 from vestige.core.method import Method
 from vestige.errors import SpecError, VestigeError
-from vestige.evidence.budgets import label
-from vestige.evidence.compare.plan import Ask, Cell, scored
+from vestige.evidence.compare.plan import Ask, Cell, Trainer, scored
 from vestige.evidence.compare.spec import Comparison, Lines, PlacedError
-from vestige.evidence.engine.bench import device_name
 from vestige.evidence.engine.record import cell_key
 from vestige.evidence.runs.models import build, teach, tokenizer_of
 from vestige.evidence.runs.retain import arguments, general_of, stream_of
@@ -136,20 +134,8 @@ class WeightsCell(Cell):
         how = {"start": self.start.model_dump(), "learn": self.learn.model_dump()}
         return replace(self, key=cell_key("compare", **given, **what, **how), given=given)
 
-    def described(self) -> dict[str, Any]:
-        return {
-            "model": self.model,
-            "label": label(self.method),
-            "task_label": label(self.task),
-            "task": self.task.spec(),
-            "method": self.method.spec(),
-            "budget": None,
-            "seed": self.seed,
-            "start": self.start.model_dump(),
-            "learn": self.learn.model_dump(),
-            "device": self.device,
-            "given": dict(self.given),
-        }
+    def how(self) -> dict[str, Any]:
+        return {"start": self.start.model_dump(), "learn": self.learn.model_dump(), "device": self.device}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,22 +188,10 @@ class WeightsPlan:
         return [replace(job, seconds=seconds(job.cells[0].model, job.cells[0].task)) for job in jobs]
 
 
-class _Worker:
+class _Worker(Trainer):
     """What both kinds of workers do."""
 
     times: ClassVar[int]  # how often all examples are taught, for the estimate
-
-    def given(self, device: str) -> dict[str, str]:
-        """What all measurements depend on beside their cells.
-
-        Raises:
-            SpecError: this machine has no such device.
-        """
-        import vestige
-
-        place = find_device(device)
-        assert place is not None
-        return {"vestige": vestige.__version__, "device": device_name(place)}
 
     def seconds(self, cell: WeightsCell) -> float:
         """About how long teaching takes, seen on a few rows.
