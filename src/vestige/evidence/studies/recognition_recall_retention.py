@@ -104,9 +104,9 @@ class RecognitionRecallRetention(Study):
     )
     verdict = Verdict(
         "not reproduced",
-        "As claimed, SmolLM2 recognises all after one reading, recalls 0.87 to 1 after three, and eight updates on other "
-        "text take 43 to 78% of that and nothing of recognition; but a small model over bytes recognises only 56 to 86% "
-        "after one reading, where 90% were due",
+        "As claimed, SmolLM2 recognises all after one reading, recalls 0.87 to 1 after three, and eight updates on "
+        "other text take 43 to 78% of that and nothing of recognition; but a small model over bytes recognises only 56 "
+        "to 86% after one reading, where 90% were due",
     )
     MODEL: ClassVar[str | None] = "smollm2"
     FULL: ClassVar[Mapping[str, Any]] = {
