@@ -51,7 +51,8 @@ def audit_erasure(
 
     Args:
         model: after the erasure; a classifier, or a causal language model.
-        forget, retain: the examples, as an eraser takes them.
+        forget: the examples to forget, as an eraser takes them.
+        retain: those to keep.
         reference: the same kind of model trained without ``forget``.
         before: the model before the erasure.
         unseen: examples of the kind of ``forget`` that none of the models has seen. Without them there is no membership
@@ -59,7 +60,8 @@ def audit_erasure(
         paraphrases: the rows of ``forget`` in other words (questions with the answers as labels).
         relearning: how the models are taught again.
         rows: of each set that are looked at, at most, drawn by the seed.
-        batch_size, collate: as in :meth:`~vestige.weights.erase.eraser.Eraser.erase`.
+        batch_size: as in :meth:`~vestige.weights.erase.eraser.Eraser.erase`.
+        collate: as there.
         seed: of all draws.
 
     Raises:

@@ -142,7 +142,8 @@ class Stream(Sequence[Experience]):
         """Split one labelled dataset by class.
 
         Args:
-            train, test: map-style datasets.
+            train: a map-style dataset.
+            test: another, with the same classes.
             experiences: how many, of equally many classes each; or the classes of each.
             kind: ``"class"``, or ``"task"`` where the experience is known when the model is asked; ``"domain"`` where
                 neither is wanted.
@@ -189,7 +190,8 @@ class Stream(Sequence[Experience]):
         """A domain stream from one dataset, split by the value of a column.
 
         Args:
-            train, test: map-style datasets with the column.
+            train: a map-style dataset with the column.
+            test: another.
             column: its name; it is not handed to the model.
             order: the values in the order of the stream; sorted if ``None``.
             inputs: see :meth:`of`.
