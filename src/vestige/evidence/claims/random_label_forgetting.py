@@ -10,8 +10,9 @@ from vestige.evidence.certify.erasing import EraserCase, digits
 from vestige.evidence.certify.suite import Seen, expect
 from vestige.evidence.claims import claim
 from vestige.evidence.erasure.probe import Probed, probe
-from vestige.weights.erase.eraser import Work, evaluating
+from vestige.weights.erase.eraser import Work
 from vestige.weights.erase.examples import Examples, Reader
+from vestige.weights.modes import evaluating
 
 
 def read_by_a_probe(model: Any, forget: TensorDataset, retain: TensorDataset, seed: int) -> float:
@@ -19,7 +20,7 @@ def read_by_a_probe(model: Any, forget: TensorDataset, retain: TensorDataset, se
     reader = Reader.of(model, None)
     gone, kept = Examples(forget, "forget", reader), Examples(retain, "retain", reader)
     work = Work(model, gone, kept, kept, reader, 200, seed, dict(model.named_parameters()))
-    with evaluating(model):
+    with evaluating(model, gradients=True):
         found = probe(work, gone, kept)
     assert isinstance(found, Probed)
     return max(found.forget)

@@ -16,8 +16,9 @@ from vestige.evidence.erasure.relearn import Relearned, Relearning, relearn
 from vestige.evidence.erasure.result import ErasureAudit, Measure
 from vestige.evidence.erasure.scores import RowScores, exposure, row_scores
 from vestige.evidence.statistics import Interval
-from vestige.weights.erase.eraser import Work, evaluating
+from vestige.weights.erase.eraser import Work
 from vestige.weights.erase.examples import Collate, Examples, Reader, checked, disjoint
+from vestige.weights.modes import evaluating
 
 __all__ = ["audit_erasure"]
 
@@ -134,7 +135,7 @@ class _Looked:
         self.probed: Probed | None = None
         self.rounded: dict[str, RowScores] = {}
         frozen = [p for p in parameters.values() if not p.requires_grad]
-        with evaluating(model):
+        with evaluating(model, gradients=True):
             self.scores = {name: row_scores(work, examples) for name, examples in sets.items()}
             try:
                 with in_four_bits(model):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from vestige.core.patch import Patch
 from vestige.errors import InputError, SpecError, TrainingError, UnsupportedModelError
 from vestige.weights.erase.examples import Collate, Examples, Reader, Row, disjoint
 from vestige.weights.erase.losses import row_accuracy, row_losses
+from vestige.weights.modes import evaluating
 
 __all__ = ["Eraser", "Trace", "Work"]
 
@@ -211,7 +211,7 @@ class Eraser(Method):
         began = time.perf_counter()
         patch = Patch(work.model, self.name)
         trace = Trace(self.spec(), _patch=patch)
-        with patch.building(), evaluating(work.model):
+        with patch.building(), evaluating(work.model, gradients=True):
             change(patch, trace)
         trace.seconds = time.perf_counter() - began
         return trace
@@ -226,16 +226,3 @@ def finite(value: Tensor, what: str) -> Tensor:
     if not bool(value.isfinite().all()):
         raise TrainingError(f"{what} is not a finite number; the model is as it was before the erasure")
     return value
-
-
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside the block, with gradients; every module's own mode after it."""
-    modes = {part: part.training for part in model.modules()}
-    model.eval()
-    try:
-        with torch.enable_grad():
-            yield
-    finally:
-        for part, mode in modes.items():
-            part.training = mode

@@ -16,8 +16,9 @@ from vestige.core.method import Paper, Verdict, param
 from vestige.core.own_attention import OwnAttention
 from vestige.core.patch import Patch
 from vestige.errors import InputError, SpecError, UnsupportedModelError
+from vestige.weights.modes import evaluating
 from vestige.weights.retain.learner import Batch, Learner, Running
-from vestige.weights.retain.session import Session, evaluating, is_classification, wide
+from vestige.weights.retain.session import Session, is_classification, wide
 from vestige.weights.retain.stream import Experience
 
 __all__ = ["CodaPrompt", "assemble", "orthogonality", "orthonormal", "prompted"]
@@ -153,7 +154,7 @@ class _Prompted:
 
     def _before(self, base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         """Ask the model without prompts what it sees, and send it the prompts that follow from that."""
-        with evaluating(base):
+        with evaluating(base, gradients=False):
             query = wide(base.forward(*args, **kwargs)[0][:, 0])
         present = {layer.attention: self.parts(place) for place, layer in enumerate(self.layers)}
         prefixes = {module: assemble(query, **parts) for module, parts in present.items() if parts}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,13 +14,14 @@ from torch.utils.data import DataLoader, Dataset
 
 from vestige.core.anatomy import Anatomy
 from vestige.errors import UnsupportedModelError
+from vestige.weights.modes import evaluating
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
     from vestige.weights.retain.stream import Experience, Stream
 
-__all__ = ["Collate", "Session", "evaluating", "is_classification", "wide", "without_labels"]
+__all__ = ["Collate", "Session", "is_classification", "wide", "without_labels"]
 
 
 class Collate:
@@ -148,20 +149,7 @@ class Session:
 
     def evaluating(self) -> AbstractContextManager[None]:
         """No dropout and no gradients inside the block."""
-        return evaluating(self.model)
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model without dropout and gradients inside the block; each part then is in the mode that it was in."""
-    modes = {part: part.training for part in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for part, mode in modes.items():
-            part.training = mode
+        return evaluating(self.model, gradients=False)
 
 
 def wide(values: Tensor) -> Tensor:
