@@ -4,8 +4,9 @@
 
 Cache policies: needles and perplexity against bytes (context/quality.jsonl). Mixers: what small models of them learn
 (layers/recall.jsonl, the ledger of ``vestige compare examples/compare-layers.yaml``). Studies: every
-finding beside what was due (studies/NAME.jsonl, the ledger of ``vestige study NAME``). Narrow plain SVG, readable on
-light and dark pages and on a telephone.
+finding beside what was due (studies/NAME.jsonl, the ledger of ``vestige study NAME``). All others: what the behaviour
+checks of their certificates saw, each seed (certificates/NAME.json). Narrow plain SVG, readable on light and dark pages
+and on a telephone.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import json
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from context.figures import KEEP_ALL, panel, quality
 from drawing import svg, text
@@ -127,6 +129,64 @@ def _track(finding: Finding, y: float) -> list[str]:
     return [*parts, verdict]
 
 
+def certified(certificate: dict) -> str | None:
+    """What the behaviour checks of a method saw, a line for each quantity; ``None`` where they saw no numbers."""
+    name = certificate["method"]["name"]
+    parts, y = [text(10, 22, f"What was seen of {name}, each seed a dot", "title")], 30.0
+    for check in certificate["checks"]:
+        numbers = {label: found for label, value in check["seen"].items() if (found := _numbers(value))}
+        if check["point"] != "behaviour" or not numbers:
+            continue
+        y += 22
+        for words in textwrap.wrap(check["says"], 68):
+            parts.append(text(10, y, words, "small"))
+            y += 16
+        for number, (label, values) in enumerate(numbers.items()):
+            parts += _dots(label, values, _reach(values, numbers), y + 8, OWN if number == 0 else "#6b7280")
+            y += 24
+    if y == 30.0:
+        return None
+    note = f"{certificate['model']} model, CPU, torch {certificate['packages']['torch']}"
+    parts.append(text(10, y + 20, note, "small"))
+    return svg(WIDTH, round(y + 32), parts, f"{name}: what its certificate saw")
+
+
+def _numbers(value: Any) -> list[float]:
+    """One number, several, or several in one text; nothing where it is something else."""
+    try:
+        several = value.split(",") if isinstance(value, str) else value if isinstance(value, list) else [value]
+        return [float(one) for one in several if not isinstance(one, bool)]
+    except (TypeError, ValueError):
+        return []
+
+
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
+def _reach(values: list[float], numbers: dict[str, list[float]]) -> tuple[float, float]:
+    """The ends of a quantity's axis: those that it shares with the quantities of its order of magnitude."""
+    most = max(map(abs, values))
+    alike = [one for found in numbers.values() if most / 20 <= max(map(abs, found)) <= 20 * most for one in found]
+    low, high = min(0.0, *alike, 0.0), max(0.0, *alike, 0.0)
+    return low, high if high > low else low + 1
+
+
+def _dots(label: str, values: list[float], reach: tuple[float, float], y: float, colour: str) -> list[str]:
+    left, width = 168, WIDTH - 168 - 112
+    low, high = reach
+    seen = " to ".join(dict.fromkeys(_short(value) for value in (min(values), max(values))))
+    parts = [
+        text(left - 10, y + 4, textwrap.shorten(label, 27, placeholder="…"), "small", "end"),
+        f'<line class="grid" x1="{left}" x2="{left + width}" y1="{y}" y2="{y}"/>',
+        text(left + width + 10, y + 4, seen, "small"),
+    ]
+    for value in values:
+        x = left + width * (value - low) / (high - low)
+        parts.append(f'<circle style="fill:{colour}" fill-opacity=".75" cx="{x:.1f}" cy="{y}" r="4.5"/>')
+    return parts
+
+
 def rows_of(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
@@ -135,6 +195,10 @@ def main() -> None:
     OUT.mkdir(parents=True, exist_ok=True)
     drawn = [*policies(), *mixers(rows_of(HERE / "layers" / "recall.jsonl"))]
     drawn += [(path.stem, findings(path.stem, rows_of(path))) for path in sorted((HERE / "studies").glob("*.jsonl"))]
+    known = {name for name, _ in drawn}
+    for path in sorted((HERE / "certificates").glob("*.json")):
+        if path.stem not in known and (figure := certified(json.loads(path.read_text(encoding="utf-8")))):
+            drawn.append((path.stem, figure))
     for name, figure in drawn:
         (OUT / f"{name}.svg").write_text(figure, encoding="utf-8")
     print(f"{len(drawn)} figures in {OUT}")
