@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from itertools import groupby
 from pathlib import Path
 
@@ -9,7 +10,9 @@ import mkdocs_gen_files
 
 from vestige.core.registry import MethodCard, registry
 
-FIGURES = Path(__file__).resolve().parent.parent / "figures" / "methods"  # drawn by benchmarks/figures.py
+DOCS = Path(__file__).resolve().parent.parent
+FIGURES = DOCS / "figures" / "methods"  # drawn by benchmarks/figures.py
+CERTIFICATES = DOCS.parent / "benchmarks" / "certificates"  # written by benchmarks/certificates.py
 
 
 def cell(text: object) -> str:
@@ -26,6 +29,17 @@ def paper(card: MethodCard) -> str:
     return f"{title} ({where}){code}{implemented}"
 
 
+def certificate(card: MethodCard) -> list[str]:
+    place = CERTIFICATES / f"{card.name}.json"
+    if not place.exists():
+        return []
+    found = json.loads(place.read_text(encoding="utf-8"))
+    state = "holds" if found["holds"] else "does not hold"
+    held = sum(check["status"] == "held" for check in found["checks"])
+    when, torch = found["date"][:10], found["packages"]["torch"]
+    return [f"*Certificate:* {state}; {held} checks, {found['seconds']:.0f} s ({when}, torch {torch})", ""]
+
+
 def lines(cards: list[MethodCard]) -> list[str]:
     text = [
         "# Catalogue",
@@ -33,9 +47,10 @@ def lines(cards: list[MethodCard]) -> list[str]:
         f"{len(cards)} methods, written from the registry when these pages were built. The same on your machine: "
         "`vestige methods`, and `vestige show NAME` for one. A *verdict* says whether the paper's claim was seen here: "
         "*reproduced*, *not reproduced*, *not checkable here* or *not yet checked*. Figures show what was measured of "
-        "a method beside its kind, on CPUs and one small model: policies on SmolLM2 with 512 tokens "
+        "a method beside its kind, on one small model: policies on SmolLM2 with 512 tokens "
         "([choosing](choosing.md)), mixers in small models that are trained for the purpose "
-        "([compare](compare.md#layers)), studies at small scale ([studies](studies.md)).",
+        "([compare](compare.md#layers)), studies at small scale ([studies](studies.md)); of all others, what the "
+        "behaviour checks of their [certificates](contract.md) saw.",
         "",
         "| method | room | year | verdict |",
         "|---|---|---|---|",
@@ -49,6 +64,7 @@ def lines(cards: list[MethodCard]) -> list[str]:
             text += ["", f"### {card.name} {{ #{card.name} }}", "", card.idea, "", f"*Paper:* {paper(card)}", ""]
             seen = f": {card.verdict.seen}" if card.verdict.seen else ""
             text += [f"*Verdict:* {card.verdict.status}{seen}", ""]
+            text += certificate(card)
             if (FIGURES / f"{card.name}.svg").exists():
                 text += [f"![{card.name}: what was measured](figures/methods/{card.name}.svg){{ width=480 }}", ""]
             parameters = registry.load(card.name).parameters()
