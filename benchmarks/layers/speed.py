@@ -1,197 +1,264 @@
-"""The operators of the mixers against PyTorch's attention and flash-linear-attention, and chunks against single steps.
+"""Every mixer against softmax attention and flash-linear-attention, and whole texts against single tokens.
 
-    python benchmarks/layers/speed.py --out benchmarks/layers/speed-h100.json            # on a CUDA device
-    python benchmarks/layers/speed.py --out benchmarks/layers/speed-cpu.json --device cpu
+    python benchmarks/layers/speed.py --out benchmarks/layers/speed-h100.json                 # on a CUDA device
+    python benchmarks/layers/speed.py --out benchmarks/layers/speed-cpu.json --device cpu --compare steps
 
-On CUDA: bf16, 16 heads of 128, as many rows of each length as make 32k tokens. ``ours`` is what a layer runs, by
-whichever kernel is chosen for it; ``own`` is the portable path; ``fla`` is flash-linear-attention called directly,
-where it has the operator and does not refuse it. On a CPU: float32, 2k tokens, chunks against one step after another.
-Every ratio of one file comes from one run.
+``--compare attention``: bf16 on CUDA, 16 heads of 128, as many rows of each length as make 32k tokens, forward, and
+forward with backward. What is timed is the operator, without projections, against PyTorch's attention (``op``); of
+mixers that are more than one operator the whole layer, against the whole layer of ``softmax`` (``layer``). ``ours`` is
+what a layer runs, by whichever kernel is chosen for it; ``own`` is the portable path in PyTorch; ``fla`` is
+flash-linear-attention called directly, where it has the operator; a backward pass that it refuses is left out.
+
+``--compare steps``: float32, 2k tokens, whole layers: a text at once against one token after the other. These are timed
+over a few tokens after some that fill the state, for a token costs the same wherever it stands. Mixers that hold more
+with every token are left out.
+
+Mixers have their defaults, but for what a row names under ``settings``. Every row is kept as it comes, with the error
+where one fails; what is there is not measured again, and ``--minutes`` ends a run in time.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import statistics
-import time
-from collections.abc import Callable
-from datetime import UTC, datetime
-from importlib import metadata
+import dataclasses
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from measuring import Clock, Sheet, Watch, attempt, built, every_mixer, grows, here, run_whole, settings_of
 from torch import Tensor
 from torch.nn import functional as F
 
+from vestige.core.registry import registry
+from vestige.layers.layout import Layout
 from vestige.layers.mixers.based import taylor_features
+from vestige.layers.mixers.recurrent import RecurrentLayer
 from vestige.layers.ops import fla
-from vestige.layers.ops.recurrence import Drive, chunked, recurrence, step
+from vestige.layers.ops.local_linear import local_linear_attention
+from vestige.layers.ops.recurrence import Drive, chunked, recurrence
 from vestige.layers.ops.windowed_attention import windowed_attention
+from vestige.layers.state import LayerState
 
-HEADS, DIM, TOKENS, WINDOW = 16, 128, 32768, 256
+WINDOW = 256
+FILL = 256  # tokens that a state has seen before single ones are timed: no window is longer
 
 
-def drives(batch: int, length: int, device: str, dtype: torch.dtype, heads: int, dim: int) -> dict[str, Drive]:
-    """What drives the recurrence of each mixer, at equal sizes."""
+@dataclasses.dataclass
+class Case:
+    """One thing to time, by one or more paths: what they compute, and what gradients are taken of."""
 
-    def drawn(*shape: int) -> Tensor:
-        return torch.randn(batch, length, *shape, device=device, dtype=dtype)
+    paths: dict[str, Callable[[], Tensor]]
+    leaves: list[Tensor]
+    drive: Drive | None = None
+    settings: dict[str, Any] = dataclasses.field(default_factory=dict)
 
-    q, k, v = F.normalize(drawn(heads, dim), dim=-1), F.normalize(drawn(heads, dim), dim=-1), drawn(heads, dim)
-    beta = torch.sigmoid(drawn(heads))
-    by_token = F.logsigmoid(drawn(heads).float() + 3)
-    by_channel = F.logsigmoid(drawn(heads, dim).float()) / 16
-    fixed = -torch.logspace(-3, 0, heads, device=device)
-    shared = F.normalize(drawn(1, dim), dim=-1)
-    small = taylor_features(drawn(heads, 16))
+
+class Sizes(argparse.Namespace):
+    """What operators are given."""
+
+    batch: int
+    length: int
+    heads: int
+    dim: int
+    device: str
+    dtype: torch.dtype
+
+    def drawn(self, *shape: int) -> Tensor:
+        return torch.randn(self.batch, self.length, *shape, device=self.device, dtype=self.dtype)
+
+
+def drive_of(name: str, sizes: Sizes) -> Drive | None:
+    """What drives the recurrence of a mixer, at equal sizes; ``None``: it has no such recurrence."""
+    heads, dim = sizes.heads, sizes.dim
+    q, k = (F.normalize(sizes.drawn(heads, dim), dim=-1) for _ in range(2))
+    v = sizes.drawn(heads, dim)
+    by_token = F.logsigmoid(sizes.drawn(heads).float() + 3)
+    by_channel = F.logsigmoid(sizes.drawn(heads, dim).float()) / 16
+    fixed = -torch.logspace(-3, 0, heads, device=sizes.device)
+    beta = torch.sigmoid(sizes.drawn(heads))
+    if name == "based":
+        small = taylor_features(sizes.drawn(heads, 16))
+        return Drive(small, small.flip(1), v)
+    if name == "mamba2":
+        shared = F.normalize(sizes.drawn(1, dim), dim=-1)
+        return Drive(shared, shared.flip(-1), v, by_token)
+    if name == "hgrn2":
+        return Drive(q, (1 - by_channel.exp()).to(sizes.dtype), v, by_channel)
     return {
         "linear-attention": Drive(q, k, v),
         "lightning-attention": Drive(q, k, v, fixed),
-        "mamba2": Drive(shared, shared.flip(-1), v, by_token),
+        "transnormer-llm": Drive(q, k, v, fixed),
         "gla": Drive(q, k, v, by_channel),
         "delta-net": Drive(q, k, v, None, beta),
         "gated-delta-net": Drive(q, k, v, by_token, beta),
-        "based": Drive(small, small.flip(1), v),
-    }
+    }.get(name)
 
 
-def one_after_the_other(drive: Drive) -> tuple[Tensor, Tensor]:
-    """The recurrence as a loop over tokens.
-
-    Tensors are taken apart once: to index them anew for each token would make the backward pass quadratic.
-    """
-    batch, length, heads = drive.v.shape[:3]
-    decay = drive.decay
-    if decay is not None and decay.dim() == 1:
-        decay = decay.expand(batch, length, heads)
-    parts = [drive.q, drive.k, drive.v, decay, drive.beta]
-    columns = [[None] * length if t is None else t.unbind(1) for t in parts]
-    state, read = None, []
-    for at in zip(*columns, strict=True):
-        out, state = step(Drive(*at, scale=drive.scale), state)
-        read.append(out)
-    assert state is not None
-    return torch.stack(read, 1), state
+def leafed(inputs: Any) -> tuple[Any, list[Tensor]]:
+    """The same inputs with tensors that want a gradient; a decay fixed per head wants none."""
+    tuples = isinstance(inputs, tuple)
+    parts = inputs._asdict() if tuples else {f.name: getattr(inputs, f.name) for f in dataclasses.fields(inputs)}
+    parts = {name: t.detach().clone() if isinstance(t, Tensor) else t for name, t in parts.items()}
+    leaves = [t.requires_grad_() for t in parts.values() if isinstance(t, Tensor) and t.dim() > 1]
+    return type(inputs)(**parts), leaves
 
 
-def seconds(function: Callable[[], Any], device: str, repeats: int) -> float:
-    """Median seconds of a call."""
-    spans = []
-    for turn in range(repeats + min(3, repeats)):
-        if device == "cuda":
-            torch.cuda.synchronize()
-        begin = time.perf_counter()
-        function()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        if turn >= min(3, repeats):
-            spans.append(time.perf_counter() - begin)
-    return statistics.median(spans)
-
-
-def both(function: Callable[[], Tensor], leaves: list[Tensor], device: str, repeats: int) -> dict[str, float]:
-    """Milliseconds of the forward pass, and of forward and backward together."""
-
-    def there_and_back() -> None:
-        torch.autograd.grad(function().float().sum(), leaves)
-
+def recurrent_case(drive: Drive) -> Case:
+    drive, leaves = leafed(drive)
+    paths = {"ours": lambda: recurrence(drive)[0], "own": lambda: chunked(drive)[0]}
     with torch.no_grad():
-        forward = seconds(function, device, repeats)
-    return {"forward_ms": 1e3 * forward, "both_ms": 1e3 * seconds(there_and_back, device, repeats)}
+        if fla.serves(drive):
+            paths["fla"] = lambda: fla.fla_recurrence(drive, None)[0]  # type: ignore[index]
+    return Case(paths, leaves, drive)
 
 
-def leaf(drive: Drive) -> tuple[Drive, list[Tensor]]:
-    """The drive with tensors that want a gradient; a decay fixed per head wants none."""
-    parts = [drive.q, drive.k, drive.v, drive.decay, drive.beta]
-    fresh = [None if t is None else t.detach().clone() for t in parts]
-    leaves = [t.requires_grad_() for t in fresh if t is not None and t.dim() > 1]
-    return Drive(*fresh, drive.scale), leaves  # type: ignore[arg-type]
+def attention_case(name: str, sizes: Sizes) -> Case:
+    heads, dim = sizes.heads, sizes.dim
+    q, k, v = (sizes.drawn(heads, dim).transpose(1, 2).contiguous().requires_grad_() for _ in range(3))
+    if name == "softmax":
+        return Case({"ours": lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True)}, [q, k, v])
+    if name == "sliding-window":
+        return Case({"ours": lambda: windowed_attention(q, k, v, window=WINDOW, scaling=dim**-0.5)}, [q, k, v])
+    mixer: Any = registry.load(name)()
+    options = {"ridge": mixer.ridge, "iterations": mixer.iterations, "chunk": mixer.chunk, "scaling": dim**-0.5}
+    return Case({"ours": lambda: local_linear_attention(q, k, v, **options)}, [q, k, v])
 
 
-def attention(batch: int, length: int, device: str, dtype: torch.dtype) -> dict[str, Callable[[], Any]]:
-    """PyTorch's causal attention, and attention within a window."""
-    q, k, v = (torch.randn(batch, HEADS, length, DIM, device=device, dtype=dtype, requires_grad=True) for _ in range(3))
-    return {
-        "softmax": lambda: (F.scaled_dot_product_attention(q, k, v, is_causal=True), [q, k, v]),
-        "sliding-window": lambda: (windowed_attention(q, k, v, window=WINDOW, scaling=DIM**-0.5), [q, k, v]),
-    }
+def case_of(name: str, what: str, sizes: Sizes) -> Case | None:
+    """The operator of a mixer, or its whole layer; ``None``: it is not one operator."""
+    if what == "op" and name in ("softmax", "sliding-window", "local-linear-attention"):
+        return attention_case(name, sizes)
+    drive = drive_of(name, sizes) if what == "op" else None
+    if drive is not None:
+        return recurrent_case(drive)
+    layer = built(name, sizes.heads, sizes.dim, max(sizes.length, WINDOW), sizes.device, sizes.dtype)
+    settings = settings_of(name, sizes.heads, sizes.heads * sizes.dim)
+    x = sizes.drawn(sizes.heads * sizes.dim)
+    if what == "layer":
+        leaves = [x.requires_grad_(), *layer.parameters()]
+        return Case({"ours": lambda: run_whole(layer, x)}, leaves, settings=settings)
+    if not isinstance(layer, RecurrentLayer) or type(layer).forward is not RecurrentLayer.forward:
+        return None
+    layout = Layout.of(sizes.batch, sizes.length, device=sizes.device)
+    with torch.no_grad():
+        inputs = layer.project(x, layout, {})
+    if isinstance(inputs, Drive):
+        return recurrent_case(inputs)
+    inputs, leaves = leafed(inputs)
+    leaves += list(getattr(layer, "memory", []))
+    return Case({"ours": lambda: layer.chunked(inputs, layout, {})}, leaves, settings=settings)
 
 
-def on_cuda(lengths: list[int], repeats: int) -> list[dict[str, Any]]:
-    rows = []
+def timed(case: Case, path: str, watch: Watch) -> dict[str, Any]:
+    """Times of a path, without a backward pass that flash-linear-attention refuses."""
+    if path != "fla" or fla.serves(case.drive):  # type: ignore[arg-type]
+        return watch.both(case.paths[path], case.leaves)
+    with torch.no_grad():
+        return {"forward_ms": watch(case.paths[path]), "both_ms": None}
+
+
+def cases(names: list[str], lengths: list[int]) -> Iterator[tuple[str, str, int]]:
+    """Mixer, operator or layer, length: what others are compared with first, and short texts before long ones."""
     for length in lengths:
-        batch = TOKENS // length
-        found: dict[str, dict[str, float]] = {}
-        for name, run in attention(batch, length, "cuda", torch.bfloat16).items():
-            leaves = run()[1]
-            found[name] = both(lambda run=run: run()[0], leaves, "cuda", repeats)  # type: ignore[misc]
-            rows.append({"mixer": name, "path": "ours", "length": length, "batch": batch, **found[name]})
-            print(rows[-1], flush=True)
-        for name, drive in drives(batch, length, "cuda", torch.bfloat16, HEADS, DIM).items():
-            drive, leaves = leaf(drive)
-            paths: dict[str, Callable[[], Tensor]] = {
-                "ours": lambda drive=drive: recurrence(drive)[0],  # type: ignore[misc]
-                "own": lambda drive=drive: chunked(drive)[0],  # type: ignore[misc]
-            }
-            if fla.serves(drive):
-                paths["fla"] = lambda drive=drive: fla.fla_recurrence(drive, None)[0]  # type: ignore[misc, index]
-            for path, function in paths.items():
-                measured = both(function, leaves, "cuda", repeats)
-                over = {f"{k}_over_sdpa": v / found["softmax"][k] for k, v in measured.items()}
-                row = {"mixer": name, "path": path, "length": length, "batch": batch, **measured, **over}
-                rows.append(row)
-                print({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
-            torch.cuda.empty_cache()
-    return rows
+        yield from (("softmax", what, length) for what in ("op", "layer"))
+        yield from ((name, what, length) for name in names if name != "softmax" for what in ("op", "layer"))
 
 
-def on_cpu(length: int, repeats: int, heads: int, dim: int) -> list[dict[str, Any]]:
-    rows = []
-    for name, drive in drives(1, length, "cpu", torch.float32, heads, dim).items():
-        drive, leaves = leaf(drive)
-        chunks = both(lambda drive=drive: chunked(drive)[0], leaves, "cpu", repeats)  # type: ignore[misc]
-        steps = both(lambda drive=drive: one_after_the_other(drive)[0], leaves, "cpu", 1)  # type: ignore[misc]
-        row = {"mixer": name, "length": length, "heads": heads, "dim": dim}
-        row |= {f"chunks_{k}": v for k, v in chunks.items()} | {f"steps_{k}": v for k, v in steps.items()}
-        row |= {f"steps_over_chunks_{k.removesuffix('_ms')}": steps[k] / chunks[k] for k in chunks}
-        rows.append(row)
-        print({k: round(v, 2) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
-    return rows
+def beside_attention(args: argparse.Namespace, sheet: Sheet, clock: Clock) -> None:
+    watch, whole = Watch(args.device, args.repeats, args.cap), set()
+    for name, what, length in cases(args.only or every_mixer(), args.lengths):
+        if clock.over:
+            return
+        which = {"mixer": name, "what": what, "length": length}
+        if (what == "layer" and name != "softmax" and name not in whole) or sheet.has(**which, done=True):
+            continue
+        dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
+        sizes = Sizes(batch=max(1, args.tokens // length), length=length, heads=args.heads, dim=args.dim)
+        sizes.device, sizes.dtype = args.device, dtype
+        made: dict[str, Case | None] = {}
+        failed = attempt(lambda made=made, sizes=sizes: made.update(case=case_of(name, what, sizes)) or {})  # noqa: B023
+        case = made.get("case")
+        if case is None and not failed:
+            whole.add(name)
+            continue
+        paths = ["ours"] if case is None else list(case.paths)
+        for path in paths:
+            found = failed or attempt(lambda path=path, case=case: timed(case, path, watch))
+            row = {**which, "path": path, "batch": sizes.batch}
+            if case is not None and case.settings:
+                row["settings"] = case.settings
+            sheet.add({**row, **found, **over(sheet, row, found), "done": path == paths[-1]})
+
+
+def over(sheet: Sheet, row: dict[str, Any], found: dict[str, Any]) -> dict[str, float]:
+    """Times over those of softmax attention, of the same run."""
+    base = {"mixer": "softmax", "what": row["what"], "length": row["length"], "path": "ours"}
+    rows = [r for r in sheet.rows if all(r.get(k) == v for k, v in base.items()) and "error" not in r]
+    kinds = [kind for kind in ("forward_ms", "both_ms") if rows and found.get(kind)]
+    return {f"{kind.removesuffix('_ms')}_over_softmax": found[kind] / rows[0][kind] for kind in kinds}
+
+
+def steps_of(name: str, args: argparse.Namespace, watch: Watch) -> dict[str, Any]:
+    """A text at once against one token after the other."""
+    layer = built(name, args.heads, args.dim, args.lengths[0], args.device, torch.float32)
+    x = torch.randn(1, args.lengths[0], args.heads * args.dim, device=args.device)
+    start = LayerState()
+    with torch.no_grad():
+        run_whole(layer, x[:, :FILL], start)
+
+    def one_by_one(tokens: Tensor) -> Tensor:
+        state = start.fork()
+        return torch.cat([run_whole(layer, token[:, None], state) for token in tokens.unbind(1)], 1)
+
+    whole, few = x.requires_grad_(), x[:, : args.steps].detach().requires_grad_()
+    chunks = watch.both(lambda: run_whole(layer, whole), [whole])
+    steps = watch.both(lambda: one_by_one(few), [few])
+    row: dict[str, Any] = {"state_bytes": start.nbytes}
+    for kind in ("forward", "both"):
+        here_ms, there_ms = chunks[f"{kind}_ms"] / whole.shape[1], steps[f"{kind}_ms"] / few.shape[1]
+        row |= {f"chunks_{kind}_ms_per_token": here_ms, f"steps_{kind}_ms_per_token": there_ms}
+        row[f"steps_over_chunks_{kind}"] = there_ms / here_ms
+    return row
+
+
+def beside_steps(args: argparse.Namespace, sheet: Sheet, clock: Clock) -> None:
+    watch = Watch(args.device, args.repeats, args.cap)
+    for name in args.only or every_mixer():
+        if clock.over:
+            return
+        if sheet.has(mixer=name) or grows(name):
+            continue
+        settings = settings_of(name, args.heads, args.heads * args.dim)
+        found = attempt(lambda name=name: steps_of(name, args, watch))
+        sheet.add({"mixer": name, **({"settings": settings} if settings else {}), **found})
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    parser.add_argument("--lengths", type=int, nargs="*", default=[2048, 8192, 32768])
-    parser.add_argument("--repeats", type=int)
-    parser.add_argument("--heads", type=int, default=8, help="on a CPU")
-    parser.add_argument("--dim", type=int, default=64, help="on a CPU")
+    parser.add_argument("--compare", choices=["attention", "steps"], default="attention")
+    parser.add_argument("--only", nargs="*", default=[], help="mixers, by name")
+    parser.add_argument("--lengths", type=int, nargs="+", help="default: 2k, 8k, 32k; 2k with --compare steps")
+    parser.add_argument("--tokens", type=int, default=32768, help="in all rows together, against attention")
+    parser.add_argument("--heads", type=int, help="default: 16; 8 with --compare steps")
+    parser.add_argument("--dim", type=int, help="of a head; default: 128; 64 with --compare steps")
+    parser.add_argument("--steps", type=int, default=32, help="single tokens that are timed")
+    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--cap", type=float, default=1.0, help="seconds after which a call is not repeated")
+    parser.add_argument("--threads", type=int, default=2, help="on a CPU")
+    parser.add_argument("--minutes", type=float, help="after which no further row is begun")
     args = parser.parse_args()
-    if args.device == "cuda":
-        rows = on_cuda(args.lengths, args.repeats or 20)
-    else:
-        torch.set_num_threads(2)
-        rows = on_cpu(2048, args.repeats or 3, args.heads, args.dim)
-    packages = {p: metadata.version(p) for p in ("torch", "triton", "fla-core") if _has(p)}
-    result = {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "device": torch.cuda.get_device_name() if args.device == "cuda" else "2 CPU threads",
-        "packages": packages,
-        "rows": rows,
-    }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(result, indent=1) + "\n")
-
-
-def _has(package: str) -> bool:
-    try:
-        metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return False
-    return True
+    torch.manual_seed(0)
+    if args.device == "cpu":
+        torch.set_num_threads(args.threads)
+    steps = args.compare == "steps"
+    args.lengths = args.lengths or ([2048] if steps else [2048, 8192, 32768])
+    args.heads, args.dim = args.heads or (8 if steps else 16), args.dim or (64 if steps else 128)
+    sizes = {name: getattr(args, name) for name in ("compare", "tokens", "heads", "dim", "steps", "repeats")}
+    sheet = Sheet(args.out, {**here(args.device, "triton", "fla-core"), **sizes})
+    (beside_steps if steps else beside_attention)(args, sheet, Clock(args.minutes))
 
 
 if __name__ == "__main__":

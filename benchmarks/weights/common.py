@@ -1,34 +1,37 @@
-"""What the scripts of this folder share: pictures, where and with what they ran, results that are taken up again."""
+"""What the scripts of this folder share: pictures, and what all benchmarks share."""
 
 from __future__ import annotations
 
-import json
-import time
+import argparse
+import sys
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
-from vestige.core.files import write_whole
 from vestige.core.method import Method
 from vestige.core.registry import registry
 from vestige.evidence.data.digits import digits, small_vit
 from vestige.evidence.data.fashion import fashion
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from results import Clock, Sheet, here, keep, known, short
+
 __all__ = [
     "CLASSES",
     "Clock",
     "Pictures",
+    "Sheet",
+    "forms_of",
     "here",
     "keep",
     "known",
     "label",
     "names",
+    "options",
     "pictures",
     "resized",
     "rows_of",
@@ -76,48 +79,27 @@ def names(family: type[Method]) -> list[str]:
     return [card.name for card in registry.cards("weights") if issubclass(registry.load(card.name), family)]
 
 
+def forms_of(
+    family: type[Method], forms: dict[str, list[dict[str, Any]]], only: list[str] | None = None
+) -> list[tuple[str, dict[str, Any]]]:
+    """The methods of a family, each as it is and in further forms; those named in ``forms`` first, in its order."""
+    known = names(family)
+    order = [name for name in forms if name in known] + [name for name in known if name not in forms]
+    wanted = [name for name in order if not only or name in only]
+    return [(name, changes) for name in wanted for changes in ({}, *forms.get(name, ()))]
+
+
 def label(name: str, changes: dict[str, Any]) -> str:
     """A form of a method in tables."""
     return " ".join([name, *(f"{key}={value}" for key, value in changes.items())])
 
 
-class Clock:
-    """Says when the minutes that a script was given are over; what is done is kept, and another call goes on."""
-
-    def __init__(self, minutes: float | None) -> None:
-        self.end = None if minutes is None else time.monotonic() + 60 * minutes
-
-    @property
-    def over(self) -> bool:
-        return self.end is not None and time.monotonic() > self.end
-
-
-def here(device: str) -> dict[str, Any]:
-    """Hardware and versions, for a result."""
-    threads = f"{torch.get_num_threads()} CPU threads"
-    return {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "device": torch.cuda.get_device_name() if device == "cuda" else threads,
-        "packages": {name: metadata.version(name) for name in ("torch", "transformers")},
-    }
-
-
-def known(path: Path) -> list[dict[str, Any]]:
-    """The rows of a result that was begun; none where there is none."""
-    return json.loads(path.read_text())["rows"] if path.is_file() else []
-
-
-def keep(path: Path, result: dict[str, Any]) -> None:
-    """Write a result, whole or not at all: one row of ``rows`` a line."""
-    head = json.dumps({key: value for key, value in result.items() if key != "rows"}, indent=1)
-    rows = ",\n".join(f"  {json.dumps(row)}" for row in result["rows"])
-    write_whole(path, f'{head[:-2]},\n "rows": [\n{rows}\n ]\n}}\n')
-
-
-def short(value: Any) -> Any:
-    """Numbers with four digits, for files that people read."""
-    if isinstance(value, float):
-        return float(f"{value:.4g}")
-    if isinstance(value, dict):
-        return {key: short(each) for key, each in value.items()}
-    return [short(each) for each in value] if isinstance(value, list) else value
+def options(about: str | None) -> argparse.ArgumentParser:
+    """The options that scripts have in common."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="default: a file beside this script, which is gone on with")
+    parser.add_argument("--only", nargs="+", help="names of methods; default: every registered one")
+    parser.add_argument("--minutes", type=float, help="begin nothing new after so many; another call goes on")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--threads", type=int, default=1, help="of the CPU; small models do not gain from more")
+    return parser
