@@ -30,6 +30,8 @@ out in float32 at least, whatever the inputs and under autocast too, and differe
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -38,7 +40,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["Drive", "chunked", "exact", "recurrence", "step"]
+__all__ = ["Drive", "chunked", "exact", "has_kernels", "recurrence", "step"]
 
 FAINTEST = -40.0
 """Logarithm of the strongest decay of one token: what is left of anything then is below every digit of float32, and a
@@ -83,6 +85,16 @@ def exact(tensor: Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
+def has_kernels(tensor: Tensor) -> bool:
+    """Whether kernels of our own can take a tensor: on CUDA where Triton is installed, but not in float64."""
+    return tensor.is_cuda and tensor.dtype != torch.float64 and _triton_installed()
+
+
+@functools.cache
+def _triton_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
 def recurrence(
     drive: Drive,
     state: Float[Tensor, "batch heads keys values"] | None = None,
@@ -91,7 +103,8 @@ def recurrence(
     cu_seqlens: Int[Tensor, " sequences+1"] | None = None,
     chunk: int = 64,
 ) -> tuple[Float[Tensor, "batch length heads values"], Float[Tensor, "batch heads keys values"]]:
-    """Run the recurrence by the fastest form at hand: one step, the kernels of flash-linear-attention, or chunks.
+    """Run the recurrence by the fastest form at hand: one step, the kernels of flash-linear-attention or our own, or
+    chunks.
 
     Args:
         drive: see :class:`Drive`.
@@ -110,6 +123,10 @@ def recurrence(
     from vestige.layers.ops.fla import fla_recurrence
 
     found = fla_recurrence(drive, state, starts=starts, cu_seqlens=cu_seqlens)
+    if found is None and drive.beta is None and drive.v.dtype == torch.bfloat16 and has_kernels(drive.v):
+        from vestige.layers.ops.recurrence_triton import recurrence_cuda
+
+        found = recurrence_cuda(drive, state, starts)
     return chunked(drive, state, starts=starts, chunk=chunk) if found is None else found
 
 

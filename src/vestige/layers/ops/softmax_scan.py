@@ -14,9 +14,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from vestige.layers.ops.recurrence import exact
+from vestige.layers.ops.recurrence import exact, has_kernels
 
-__all__ = ["Pool", "softmax_scan"]
+__all__ = ["Pool", "chunked_scan", "softmax_scan"]
 
 LEAST = -1e30
 """The largest score of no tokens at all: finite, so that no difference of two of them is undefined."""
@@ -68,11 +68,28 @@ def softmax_scan(
         before: the pool of earlier tokens, ``(batch, heads)``; ``None``: there are none.
         valid: tokens that count.
         starts: tokens at which another packed sequence begins, with nothing before it.
-        chunk: tokens per chunk. Work grows with it, memory for the chunks' pools falls with it.
+        chunk: tokens per chunk of the portable form. Work grows with it, memory for the chunks' pools falls with it.
 
     Returns:
         The means, in the values' type, and the pool of all tokens.
     """
+    if has_kernels(values):
+        from vestige.layers.ops.softmax_scan_triton import softmax_scan_cuda
+
+        return softmax_scan_cuda(scores, values, before, valid, starts)
+    return chunked_scan(scores, values, before, valid=valid, starts=starts, chunk=chunk)
+
+
+def chunked_scan(
+    scores: Float[Tensor, "batch length heads"],
+    values: Float[Tensor, "batch length heads values"],
+    before: Pool | None = None,
+    *,
+    valid: Bool[Tensor, "batch length"] | None = None,
+    starts: Bool[Tensor, "batch length"] | None = None,
+    chunk: int = 64,
+) -> tuple[Float[Tensor, "batch length heads values"], Pool]:
+    """The same on any device; arguments and results as :func:`softmax_scan`."""
     kind, length = exact(values), scores.shape[1]
     scores = scores.to(kind)
     if valid is not None:

@@ -1,0 +1,138 @@
+"""Triton kernels of the layers against float64 of their portable forms, forward and backward.
+
+On CUDA; or, what their numbers go, on any machine that has Triton, by its interpreter:
+
+    TRITON_INTERPRET=1 python -m pytest -m gpu tests/gpu/test_kernels_cuda.py
+"""
+
+import os
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+pytest.importorskip("triton")
+from vestige.layers.ops.recurrence import Drive, chunked
+from vestige.layers.ops.recurrence_triton import recurrence_cuda
+from vestige.layers.ops.softmax_scan import Pool, chunked_scan
+from vestige.layers.ops.softmax_scan_triton import softmax_scan_cuda
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(DEVICE == "cpu" and not INTERPRETED, reason="needs a CUDA device, or Triton's interpreter"),
+]
+MOST = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
+
+
+def compare(kernel, portable, parts, most):
+    """Outputs and gradients of the kernel beside those of the portable form in float64.
+
+    Args:
+        kernel, portable: take ``parts`` by name and return tensors.
+        parts: tensors by name, or ``None``.
+        most: that they may differ by, relative to their size.
+    """
+
+    def run(form, kinds):
+        leaves = {n: None if t is None else kinds(t).detach().clone().requires_grad_() for n, t in parts.items()}
+        given = form(**leaves)
+        torch.manual_seed(1)
+        loss = sum((g.double() * torch.randn(g.shape, dtype=torch.float64).to(DEVICE)).sum() for g in given)
+        wanted = {n: t for n, t in leaves.items() if t is not None}
+        found = torch.autograd.grad(loss, list(wanted.values()), allow_unused=True)
+        return {str(n): t for n, t in enumerate(given)} | dict(zip(wanted, found, strict=True))
+
+    mine, due = run(kernel, lambda t: t), run(portable, lambda t: t.double())
+    for name, there in due.items():
+        here = mine[name]
+        assert here.isfinite().all(), name
+        if there is not None:
+            error, size = (here.double() - there).norm(), there.norm()
+            assert error <= most * size + 1e-6, f"{name}: {error:.2e} of {size:.2e}"
+
+
+def sequences(batch, length, *firsts):
+    """Where packed texts begin, by row."""
+    starts = torch.zeros(batch, length, dtype=torch.bool, device=DEVICE)
+    for row, first in enumerate(firsts):
+        starts[row, torch.tensor([n for n in first if n < length], device=DEVICE)] = True
+    return starts
+
+
+@pytest.mark.parametrize(
+    ("decay", "keys", "groups", "length", "packed"),
+    [
+        ("none", 64, 2, 130, True),
+        ("per head", 20, 1, 64, False),
+        ("per token", 64, 2, 130, True),
+        ("per token", 16, 1, 70, False),
+        ("per channel", 40, 2, 130, True),
+        ("per channel", 200, 1, 70, False),
+        ("strong", 64, 2, 100, False),
+    ],
+)
+def test_recurrence(decay, keys, groups, length, packed):
+    """Every kind of decay, shared and wide keys, lengths that fill no chunk, packed texts or a state carried in."""
+    torch.manual_seed(0)
+    batch, heads, values = 2, 2, 48
+    token = (batch, length, heads)
+    draws = {
+        "none": lambda: None,
+        "per head": lambda: -torch.rand(heads),
+        "per token": lambda: -0.3 * torch.rand(token),
+        "per channel": lambda: -0.3 * torch.rand(*token, keys),
+        "strong": lambda: -30 * torch.rand(*token, keys),
+    }
+    fade = draws[decay]()
+    parts = {
+        "q": torch.randn(batch, length, groups, keys).bfloat16(),
+        "k": F.normalize(torch.randn(batch, length, groups, keys), dim=-1).bfloat16(),
+        "v": torch.randn(*token, values).bfloat16(),
+        "decay": fade,
+        "state": None if packed else torch.randn(batch, heads, keys, values),
+    }
+    parts = {name: None if t is None else t.to(DEVICE) for name, t in parts.items()}
+    starts = sequences(batch, length, [0, 64, 65], [0, 10, 129]) if packed else None
+    compare(
+        lambda state, **drive: recurrence_cuda(Drive(**drive, scale=0.3), state, starts),
+        lambda state, **drive: chunked(Drive(**drive, scale=0.3), state, starts=starts),
+        parts,
+        0.1 if decay == "strong" else MOST[torch.bfloat16],  # its slope is a difference of large numbers
+    )
+
+
+@pytest.mark.parametrize("case", ["plain", "padded", "packed", "carried"])
+@pytest.mark.parametrize(("length", "dim"), [(1, 16), (64, 80), (130, 20)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_softmax_scan(dtype, length, dim, case):
+    torch.manual_seed(0)
+    batch, heads = 2, 3
+    parts = {
+        "scores": 4 * torch.randn(batch, length, heads),
+        "values": torch.randn(batch, length, heads, dim).to(dtype),
+        "weight": 1 + torch.rand(batch, heads) if case == "carried" else None,
+        "total": torch.randn(batch, heads, dim) if case == "carried" else None,
+    }
+    parts = {name: None if t is None else t.to(DEVICE) for name, t in parts.items()}
+    peak = 3 * torch.randn(batch, heads, device=DEVICE)
+    valid = torch.rand(batch, length, device=DEVICE) < 0.7 if case == "padded" else None
+    if valid is not None:
+        valid[0, : length // 2 + 1] = False
+    starts = sequences(batch, length, [0, 64, 65], [0, 10, 129]) if case == "packed" else None
+
+    def with_pool(form):
+        def run(scores, values, weight, total):
+            pool = None if weight is None else Pool(peak.to(weight), weight, total)
+            out, after = form(scores, values, pool)
+            return out, after.weight, after.total
+
+        return run
+
+    compare(
+        with_pool(lambda scores, values, pool: softmax_scan_cuda(scores, values, pool, valid, starts)),
+        with_pool(lambda scores, values, pool: chunked_scan(scores, values, pool, valid=valid, starts=starts)),
+        parts,
+        MOST[dtype],
+    )
