@@ -128,7 +128,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    parser.add_argument("--only", nargs="*", default=[], help="mixers, by name")
+    parser.add_argument("--only", nargs="*", default=[], help="mixers, as blocks of a model are named")
     parser.add_argument("--contexts", type=int, nargs="+", default=[1024 << power for power in range(7)])
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--heads", type=int, default=16)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -17,13 +19,13 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from results import Clock, Sheet, here
 
-from vestige.core.registry import registry
 from vestige.layers.footprint import footprint
 from vestige.layers.layout import Layout
 from vestige.layers.mixers.base import Mixer, MixerLayer
+from vestige.layers.mixers.learning import LearningMixer
 from vestige.layers.place import Place
 from vestige.layers.state import LayerState
-from vestige.models.blocks import names_of
+from vestige.models.blocks import names_of, parse_blocks
 
 __all__ = [
     "Clock",
@@ -34,16 +36,23 @@ __all__ = [
     "every_mixer",
     "grows",
     "here",
+    "mixer_of",
+    "portable",
     "run_whole",
     "settings_of",
     "settle",
+    "weights_per_token",
 ]
 
+# Forms that are worth a row beside the one with the defaults: what a memory costs that looks at its errors more rarely.
+FORMS = ("titans(refresh=64)", "atlas(by_block=true)", "memora(by_block=true)", "moneta(by_block=true)")
+LONG = 30.0  # seconds; a call that takes longer, kernels that are compiled included, is not repeated
 WIDE = 64  # heads wider than this make too many features of pairs of channels; powers of channels are taken then
 
 
 class Watch:
-    """Times calls: one to warm up, then as many as fit into some seconds, at least one."""
+    """Times calls: one to warm up, then as many as fit into some seconds, at least one. What takes very long is called
+    once."""
 
     def __init__(self, device: str, repeats: int, cap: float) -> None:
         self.device, self.repeats, self.cap = device, repeats, cap
@@ -51,7 +60,8 @@ class Watch:
     def __call__(self, function: Callable[[], Any]) -> float:
         """Median milliseconds of a call, from its start to its last kernel's end."""
         spans: list[float] = []
-        self._once(function)
+        if (first := self._once(function)) > LONG:
+            return 1e3 * first
         while len(spans) < self.repeats and (not spans or sum(spans) + spans[-1] <= self.cap):
             spans.append(self._once(function))
         return 1e3 * statistics.median(spans)
@@ -102,39 +112,68 @@ def attempt(measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 
 
 def every_mixer() -> list[str]:
-    """Names of all registered mixers, those that take many small steps later, those with weights per token last."""
+    """All registered mixers, and forms of some: those that take many small steps later, those with weights per token
+    last. Names are read as blocks of a model are."""
 
     def burden(name: str) -> tuple[bool, bool, str]:
-        mixer: Any = registry.load(name)()
-        return hasattr(mixer, "by_block") and name != "miras", hasattr(mixer, "refresh"), name
+        return weights_per_token(name), hasattr(plain(name), "refresh"), name
 
-    return sorted(names_of(Mixer), key=burden)
+    return sorted([*names_of(Mixer), *FORMS], key=burden)
+
+
+def weights_per_token(name: str) -> bool:
+    """Whether every token has a memory's weights worked out for itself."""
+    mixer: Any = plain(name)
+    if not isinstance(mixer, LearningMixer):
+        return False
+    rule = mixer.rule()
+    return not rule.by_block and (bool(rule.muon) or not rule.retention.linear)
+
+
+def plain(name: str) -> Mixer:
+    """The mixer that a text names, such as ``titans(refresh=64)``."""
+    return parse_blocks(name)[0][0].mixer
 
 
 def settings_of(name: str, heads: int, size: int) -> dict[str, Any]:
-    """What is not at its default: heads of equal number, and features that are not too many for wide heads."""
-    mixer: Any = registry.load(name)()
-    changes: dict[str, Any] = {}
+    """What else is not at its default: heads of equal number, and features that are not too many for wide heads."""
+    mixer: Any = plain(name)
     if getattr(mixer, "feature", None) == "polynomial" and size // heads > WIDE:
-        changes["feature"] = "powers"
-    if hasattr(mixer, "state") and hasattr(mixer, "head_dim"):  # a state-space model, whose heads are its own
-        changes |= {"expand": 1.0, "head_dim": size // heads}
-    return changes
+        return {"feature": "powers"}
+    if mixer.name == "mamba2":  # the number of its heads follows from their width
+        return {"expand": 1.0, "head_dim": size // heads}
+    return {}
+
+
+def mixer_of(name: str, heads: int, size: int) -> Any:
+    """The mixer at these sizes."""
+    return plain(name).replace(**settings_of(name, heads, size))
 
 
 def built(name: str, heads: int, dim: int, context: int, device: str, dtype: torch.dtype) -> MixerLayer:
     """A layer of so many heads of a width, in the middle of a model."""
-    size = heads * dim
-    mixer: Any = registry.load(name)()
-    place = Place(hidden_size=size, heads=heads, context=context, index=1, layers=4)
-    return mixer.replace(**settings_of(name, heads, size)).build(place).to(device, dtype)
+    place = Place(hidden_size=heads * dim, heads=heads, context=context, index=1, layers=4)
+    return mixer_of(name, heads, heads * dim).build(place).to(device, dtype)
 
 
 def grows(name: str) -> bool:
     """Whether a mixer holds more with every token: beyond its window, between the same places of its blocks."""
-    mixer: Any = registry.load(name)()
-    mixer = mixer.replace(**settings_of(name, heads=2, size=16))
-    return footprint(mixer, Place(hidden_size=16, heads=2), tokens=260, further=64).per_token > 0
+    return footprint(mixer_of(name, 2, 16), Place(hidden_size=16, heads=2), tokens=260, further=64).per_token > 0
+
+
+@contextlib.contextmanager
+def portable() -> Iterator[None]:
+    """No kernels but PyTorch's."""
+    gates = [
+        (module, gate)
+        for name, module in sys.modules.items()
+        for gate in ("has_kernels", "serves")
+        if name.startswith("vestige.layers.ops.") and hasattr(module, gate)
+    ]
+    with contextlib.ExitStack() as stack:
+        for module, gate in gates:
+            stack.enter_context(mock.patch.object(module, gate, lambda *_: False))
+        yield
 
 
 def run_whole(layer: MixerLayer, x: Tensor, state: LayerState | None = None) -> Tensor:

@@ -26,32 +26,58 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import Clock, Sheet, Watch, attempt, built, every_mixer, grows, here, run_whole, settings_of
+from measuring import (
+    Clock,
+    Sheet,
+    Watch,
+    attempt,
+    built,
+    every_mixer,
+    grows,
+    here,
+    mixer_of,
+    portable,
+    run_whole,
+    settings_of,
+    weights_per_token,
+)
 from torch import Tensor
 from torch.nn import functional as F
 
-from vestige.core.registry import registry
 from vestige.layers.layout import Layout
 from vestige.layers.mixers.based import taylor_features
 from vestige.layers.mixers.recurrent import RecurrentLayer
 from vestige.layers.ops import fla
 from vestige.layers.ops.local_linear import local_linear_attention
-from vestige.layers.ops.recurrence import Drive, chunked, recurrence
+from vestige.layers.ops.recurrence import Drive, recurrence
 from vestige.layers.ops.windowed_attention import windowed_attention
 from vestige.layers.state import LayerState
 
 WINDOW = 256
+SLOW = 2000.0  # milliseconds; a path that layers do not take, and that takes longer, is not taken for longer texts
 FILL = 256  # tokens that a state has seen before single ones are timed: no window is longer
 
 
 @dataclasses.dataclass
 class Case:
-    """One thing to time, by one or more paths: what they compute, and what gradients are taken of."""
+    """One thing to time: what is computed, what gradients are taken of, and the drive where it is a recurrence."""
 
-    paths: dict[str, Callable[[], Tensor]]
+    run: Callable[[], Tensor]
     leaves: list[Tensor]
     drive: Drive | None = None
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def by_fla(self) -> Tensor:
+        """The same by flash-linear-attention."""
+        return fla.fla_recurrence(self.drive, None)[0]  # type: ignore[index, arg-type]
+
+    def paths(self, name: str) -> list[str]:
+        """By what it can be computed."""
+        if name in ("softmax", "sliding-window"):
+            return ["ours"]
+        with torch.no_grad():
+            served = self.drive is not None and fla.serves(self.drive)
+        return ["own", "fla", "ours"] if served else ["own", "ours"]
 
 
 class Sizes(argparse.Namespace):
@@ -106,23 +132,19 @@ def leafed(inputs: Any) -> tuple[Any, list[Tensor]]:
 
 def recurrent_case(drive: Drive) -> Case:
     drive, leaves = leafed(drive)
-    paths = {"ours": lambda: recurrence(drive)[0], "own": lambda: chunked(drive)[0]}
-    with torch.no_grad():
-        if fla.serves(drive):
-            paths["fla"] = lambda: fla.fla_recurrence(drive, None)[0]  # type: ignore[index]
-    return Case(paths, leaves, drive)
+    return Case(lambda: recurrence(drive)[0], leaves, drive)
 
 
 def attention_case(name: str, sizes: Sizes) -> Case:
     heads, dim = sizes.heads, sizes.dim
     q, k, v = (sizes.drawn(heads, dim).transpose(1, 2).contiguous().requires_grad_() for _ in range(3))
     if name == "softmax":
-        return Case({"ours": lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True)}, [q, k, v])
+        return Case(lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True), [q, k, v])
     if name == "sliding-window":
-        return Case({"ours": lambda: windowed_attention(q, k, v, window=WINDOW, scaling=dim**-0.5)}, [q, k, v])
-    mixer: Any = registry.load(name)()
+        return Case(lambda: windowed_attention(q, k, v, window=WINDOW, scaling=dim**-0.5), [q, k, v])
+    mixer = mixer_of(name, heads, heads * dim)
     options = {"ridge": mixer.ridge, "iterations": mixer.iterations, "chunk": mixer.chunk, "scaling": dim**-0.5}
-    return Case({"ours": lambda: local_linear_attention(q, k, v, **options)}, [q, k, v])
+    return Case(lambda: local_linear_attention(q, k, v, **options), [q, k, v])
 
 
 def case_of(name: str, what: str, sizes: Sizes) -> Case | None:
@@ -137,7 +159,7 @@ def case_of(name: str, what: str, sizes: Sizes) -> Case | None:
     x = sizes.drawn(sizes.heads * sizes.dim)
     if what == "layer":
         leaves = [x.requires_grad_(), *layer.parameters()]
-        return Case({"ours": lambda: run_whole(layer, x)}, leaves, settings=settings)
+        return Case(lambda: run_whole(layer, x), leaves, settings=settings)
     if not isinstance(layer, RecurrentLayer) or type(layer).forward is not RecurrentLayer.forward:
         return None
     layout = Layout.of(sizes.batch, sizes.length, device=sizes.device)
@@ -147,22 +169,37 @@ def case_of(name: str, what: str, sizes: Sizes) -> Case | None:
         return recurrent_case(inputs)
     inputs, leaves = leafed(inputs)
     leaves += list(getattr(layer, "memory", []))
-    return Case({"ours": lambda: layer.chunked(inputs, layout, {})}, leaves, settings=settings)
+    return Case(lambda: layer.chunked(inputs, layout, {}), leaves, settings=settings)
 
 
 def timed(case: Case, path: str, watch: Watch) -> dict[str, Any]:
     """Times of a path, without a backward pass that flash-linear-attention refuses."""
-    if path != "fla" or fla.serves(case.drive):  # type: ignore[arg-type]
-        return watch.both(case.paths[path], case.leaves)
+    if path == "own":
+        with portable():
+            return watch.both(case.run, case.leaves)
+    if path == "ours":
+        return watch.both(case.run, case.leaves)
+    if fla.serves(case.drive):  # type: ignore[arg-type]
+        return watch.both(case.by_fla, case.leaves)
     with torch.no_grad():
-        return {"forward_ms": watch(case.paths[path]), "both_ms": None}
+        return {"forward_ms": watch(case.by_fla), "both_ms": None}
 
 
 def cases(names: list[str], lengths: list[int]) -> Iterator[tuple[str, str, int]]:
-    """Mixer, operator or layer, length: what others are compared with first, and short texts before long ones."""
-    for length in lengths:
-        yield from (("softmax", what, length) for what in ("op", "layer"))
-        yield from ((name, what, length) for name in names if name != "softmax" for what in ("op", "layer"))
+    """Mixer, operator or layer, length: what others are compared with first, short texts before long ones, and what
+    takes weights per token at the end."""
+    for last in (False, True):
+        for length in lengths:
+            chosen = [name for name in names if weights_per_token(name) == last and name != "softmax"]
+            yield from (("softmax", what, length) for what in ("op", "layer"))
+            yield from ((name, what, length) for name in chosen for what in ("op", "layer"))
+
+
+def too_slow(sheet: Sheet, name: str, path: str) -> bool:
+    """Whether a path that layers do not take was seen to be too slow for longer texts."""
+    return path != "ours" and any(
+        row["mixer"] == name and row["path"] == path and (row.get("both_ms") or 0) > SLOW for row in sheet.rows
+    )
 
 
 def beside_attention(args: argparse.Namespace, sheet: Sheet, clock: Clock) -> None:
@@ -176,19 +213,20 @@ def beside_attention(args: argparse.Namespace, sheet: Sheet, clock: Clock) -> No
         dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
         sizes = Sizes(batch=max(1, args.tokens // length), length=length, heads=args.heads, dim=args.dim)
         sizes.device, sizes.dtype = args.device, dtype
-        made: dict[str, Case | None] = {}
-        failed = attempt(lambda made=made, sizes=sizes: made.update(case=case_of(name, what, sizes)) or {})  # noqa: B023
-        case = made.get("case")
+        failed = attempt(lambda name=name, what=what, sizes=sizes: {"case": case_of(name, what, sizes)})
+        case = failed.pop("case", None)
         if case is None and not failed:
             whole.add(name)
             continue
-        paths = ["ours"] if case is None else list(case.paths)
+        paths = ["ours"] if case is None else case.paths(name)
         for path in paths:
+            if too_slow(sheet, name, path) or sheet.has(**which, path=path):
+                continue
             found = failed or attempt(lambda path=path, case=case: timed(case, path, watch))
             row = {**which, "path": path, "batch": sizes.batch}
             if case is not None and case.settings:
                 row["settings"] = case.settings
-            sheet.add({**row, **found, **over(sheet, row, found), "done": path == paths[-1]})
+            sheet.add({**row, **found, **over(sheet, row, found), "done": path == "ours"})
 
 
 def over(sheet: Sheet, row: dict[str, Any], found: dict[str, Any]) -> dict[str, float]:
@@ -239,7 +277,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--compare", choices=["attention", "steps"], default="attention")
-    parser.add_argument("--only", nargs="*", default=[], help="mixers, by name")
+    parser.add_argument("--only", nargs="*", default=[], help="mixers, as blocks of a model are named")
     parser.add_argument("--lengths", type=int, nargs="+", help="default: 2k, 8k, 32k; 2k with --compare steps")
     parser.add_argument("--tokens", type=int, default=32768, help="in all rows together, against attention")
     parser.add_argument("--heads", type=int, help="default: 16; 8 with --compare steps")
