@@ -5,8 +5,11 @@ an environment of its own, on the same machine, one after the other, into one fi
 
     python benchmarks/context/compression.py --side vestige --out benchmarks/context/compression.json
     <other python> benchmarks/context/compression.py --side kvpress --out benchmarks/context/compression.json
+    python benchmarks/context/compression.py --side scores --out benchmarks/context/compression.json
 
-A randomly initialised Llama-3.1-8B shape in bf16; seconds by device events, memory as the allocator's peak.
+The third asks what scores cost by themselves: prompts of rising length read with everything kept, without scores and
+with those of a2sf. A randomly initialised Llama-3.1-8B shape in bf16; seconds by device events, memory as the
+allocator's peak. Rows are written as they come.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ from shape import SHAPE, build
 
 BUDGET = 2048
 NEW = 128
+RISING = [8192, 16384, 32768, 65536]
 PAIRS = {"snapkv": "SnapKVPress", "tova": "TOVAPress", "h2o": "ObservedAttentionPress"}
 
 
@@ -71,6 +75,15 @@ def vestige_side(model, ids, repeats: int):
             kept.cache = None
 
 
+def scores_side(model, ids, repeats: int):
+    import vestige
+
+    for name, policy in (("full", vestige.method("full")), ("a2sf, all kept", vestige.method("a2sf", budget=1.0))):
+        with policy.attach(model) as kept:
+            yield name, measured(lambda: model(ids, use_cache=True, logits_to_keep=1), None, repeats)
+            kept.cache = None
+
+
 def kvpress_side(model, ids, repeats: int):
     import kvpress
     from transformers import DynamicCache
@@ -108,30 +121,32 @@ def kvpress_side(model, ids, repeats: int):
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--side", choices=["vestige", "kvpress"], required=True)
+    sides = {"vestige": vestige_side, "kvpress": kvpress_side, "scores": scores_side}
+    parser.add_argument("--side", choices=sides, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--lengths", type=int, nargs="*", default=[8192, 32768])
+    parser.add_argument("--lengths", type=int, nargs="+", help="of the prompts")
     parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--layers", type=int, default=SHAPE["num_hidden_layers"])
     args = parser.parse_args()
-    model = build(SHAPE["num_hidden_layers"])
-    rows = []
-    for length in args.lengths:
-        torch.manual_seed(length)
-        ids = torch.randint(1, SHAPE["vocab_size"], (1, length), device="cuda")
-        sides = {"vestige": vestige_side, "kvpress": kvpress_side}
-        for name, figures in sides[args.side](model, ids, args.repeats):
-            row = {"side": args.side, "policy": name, "prompt": length, "budget": BUDGET, "new": NEW, **figures}
-            row["transformers"] = transformers.__version__
-            rows.append(row)
-            print({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
+    model = build(args.layers)
     before = json.loads(args.out.read_text())["rows"] if args.out.exists() else []
     result = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
-        "rows": [row for row in before if row["side"] != args.side] + rows,
+        "rows": [row for row in before if row["side"] != args.side],
     }
-    args.out.write_text(json.dumps(result, indent=1) + "\n")
+    for length in args.lengths or (RISING if args.side == "scores" else [8192, 32768]):
+        torch.manual_seed(length)
+        ids = torch.randint(1, SHAPE["vocab_size"], (1, length), device="cuda")
+        for name, figures in sides[args.side](model, ids, args.repeats):
+            row = {"side": args.side, "policy": name, "prompt": length, "budget": BUDGET, "new": NEW, **figures}
+            row["transformers"] = transformers.__version__
+            result["rows"].append(row)
+            print({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
+            part = args.out.with_suffix(".part")
+            part.write_text(json.dumps(result, indent=1) + "\n")
+            part.replace(args.out)
 
 
 if __name__ == "__main__":

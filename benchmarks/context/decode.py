@@ -1,8 +1,9 @@
 """Decoding at a fixed budget against the bytes that must move, and against transformers' compiled static cache.
 
-    python benchmarks/context/decode.py --out benchmarks/context/decode.json [--peer] [--compile]
+    python benchmarks/context/decode.py --out benchmarks/context/decode.json --peer
 
-A randomly initialised Llama-3.1-8B shape in bf16. Every figure of one file comes from one run.
+A randomly initialised Llama-3.1-8B shape in bf16. Every figure of one file comes from one run, and is written as it
+comes.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from shape import SHAPE, build
 from vestige.context.cache import KeptCache
 from vestige.context.evict.a2sf import A2SF
 from vestige.context.evict.full import Full
+from vestige.context.evict.streaming_llm import StreamingLLM
 
 
 def copy_bandwidth() -> float:
@@ -58,12 +60,11 @@ def fill(cache: KeptCache, batch: int, seen: int, slots: int, config, dtype=torc
         layer.values = torch.randn(batch, heads, slots, dim, device="cuda", dtype=dtype)
         layer.seen = seen
         if slots < seen:
-            layer.positions = (
-                (torch.arange(slots, device="cuda", dtype=torch.int32) + seen - slots)
-                .expand(batch, heads, slots)
-                .contiguous()
-            )
-            layer.state["mass"] = torch.rand(batch, heads, slots, device="cuda")
+            positions = torch.arange(slots, device="cuda", dtype=torch.int32)
+            positions[cache.policy.sinks :] += seen - slots
+            layer.positions = positions.expand(batch, heads, slots).contiguous()
+            if cache.policy.needs_attention:
+                layer.state["mass"] = torch.rand(batch, heads, slots, device="cuda")
     return cache
 
 
@@ -111,6 +112,35 @@ def peer(model, batch: int, context: int, repeats: int = 20) -> tuple[float, flo
     return seconds, peak
 
 
+def cases(model, context: int, budget: int, batches: list[int], peers: bool):
+    """``(name, batch, entries held, measure)``, what matters most first."""
+    a2sf, streaming = A2SF(budget=budget), StreamingLLM(budget=budget)
+    crowd = context - 1025
+
+    def decode(name, policy, batch, held, **options):
+        return name, batch, held, lambda: ours(model, policy, batch, max(held, context), held, **options)
+
+    def static(batch, length, repeats=20):
+        return "compiled static cache", batch, length, lambda: peer(model, batch, length, repeats)
+
+    yield decode("a2sf, compiled", a2sf, batches[0], budget, compile=True)
+    yield decode("a2sf, compiled", a2sf, batches[-1], budget, compile=True)
+    yield "full, graph", 12, crowd, lambda: ours(model, Full(), 12, crowd, crowd, 10, graph=True)
+    if peers:
+        yield static(1, context)
+        yield static(12, context, 5)
+    yield decode("streaming-llm, compiled", streaming, batches[0], budget, compile=True)
+    for batch in (batch for batch in batches if batch <= 16):
+        yield decode("a2sf", a2sf, batch, budget)
+        yield decode("streaming-llm", streaming, batch, budget)
+    yield decode("full, graph", Full(), 1, context, graph=True)
+    yield decode("plain loop, a2sf", a2sf, 1, budget, repeats=10, graph=False)
+    if peers:
+        yield static(1, budget)
+    for batch in batches[1:-1]:
+        yield decode("a2sf, compiled", a2sf, batch, budget, compile=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
@@ -118,7 +148,7 @@ def main() -> None:
     parser.add_argument("--peer", action="store_true")
     parser.add_argument("--budget", type=int, default=2048)
     parser.add_argument("--context", type=int, default=32768)
-    parser.add_argument("--batches", type=int, nargs="*", default=[1, 16, 128, 192])
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 16, 128, 192])
     args = parser.parse_args()
     model = build(args.layers)
     config = model.config
@@ -128,48 +158,6 @@ def main() -> None:
         sum(p.numel() * p.element_size() for p in model.parameters()) - head
     )  # the embedding is looked up, not read
     entry = 2 * config.num_key_value_heads * (config.hidden_size // config.num_attention_heads) * 2 * args.layers
-
-    def floor(batch: int, held: int) -> float:
-        return (weights + batch * held * entry) / bandwidth
-
-    rows = []
-
-    def record(name: str, batch: int, held: int, seconds: float, peak: float) -> None:
-        row = {
-            "what": name,
-            "batch": batch,
-            "held": held,
-            "ms": 1e3 * seconds,
-            "floor_ms": 1e3 * floor(batch, held),
-            "over_floor": seconds / floor(batch, held),
-            "tokens_per_second": batch / seconds,
-            "peak_gib": peak / 2**30,
-        }
-        rows.append(row)
-        print({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
-
-    policy = A2SF(budget=args.budget)
-    for batch in args.batches:
-        try:
-            if batch <= 16:
-                record("a2sf", batch, args.budget, *ours(model, policy, batch, args.context, args.budget))
-            fused = ours(model, policy, batch, args.context, args.budget, compile=True)
-            record("a2sf, compiled", batch, args.budget, *fused)
-        except torch.cuda.OutOfMemoryError:
-            print("out of memory at batch", batch)
-        gc.collect()
-        torch.cuda.empty_cache()
-    record("full, graph", 1, args.context, *ours(model, Full(), 1, args.context, args.context))
-    try:
-        record("full, graph", 12, args.context, *ours(model, Full(), 12, args.context - 1025, args.context - 1025, 10))
-    except torch.cuda.OutOfMemoryError:
-        print("full at batch 12: out of memory")
-        torch.cuda.empty_cache()
-    record("eager", 1, args.budget, *ours(model, policy, 1, args.context, args.budget, 10, graph=False))
-    if args.peer:
-        record("compiled static cache", 1, args.budget, *peer(model, 1, args.budget))
-        record("compiled static cache", 1, args.context, *peer(model, 1, args.context))
-        record("compiled static cache", 12, args.context, *peer(model, 12, args.context, 5))
     result = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "device": torch.cuda.get_device_name(),
@@ -177,10 +165,35 @@ def main() -> None:
         "transformers": transformers.__version__,
         "copy_bandwidth_tb_s": bandwidth / 1e12,
         "shape": {**SHAPE, "num_hidden_layers": args.layers},
-        "rows": rows,
+        "rows": [],
     }
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(result, indent=1) + "\n")
+    for name, batch, held, measure in cases(model, args.context, args.budget, args.batches, args.peer):
+        try:
+            seconds, peak = measure()
+        except torch.cuda.OutOfMemoryError:
+            print(f"{name}, batch {batch}: out of memory")
+            seconds = None
+        gc.collect()
+        torch.cuda.empty_cache()
+        if seconds is None:
+            continue
+        floor = (weights + batch * held * entry) / bandwidth
+        row = {
+            "what": name,
+            "batch": batch,
+            "held": held,
+            "ms": 1e3 * seconds,
+            "floor_ms": 1e3 * floor,
+            "over_floor": seconds / floor,
+            "tokens_per_second": batch / seconds,
+            "peak_gib": peak / 2**30,
+        }
+        result["rows"].append(row)
+        print({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
+        part = args.out.with_suffix(".part")
+        part.write_text(json.dumps(result, indent=1) + "\n")
+        part.replace(args.out)
 
 
 if __name__ == "__main__":

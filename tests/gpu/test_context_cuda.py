@@ -1,11 +1,14 @@
 """The context room on CUDA: kernels against float64, captured steps against plain ones, memory of long prompts."""
 
+import gc
+
 import pytest
 import torch
 
 from vestige.context.evict.a2sf import A2SF
 from vestige.context.evict.full import Full
 from vestige.context.evict.h2o import H2O
+from vestige.context.evict.streaming_llm import StreamingLLM
 from vestige.layers.ops.attention_mass import attention_mass
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -111,7 +114,17 @@ def test_slots_attend_as_by_definition(dtype, bound, capacity, group, dim):
     assert (positions[at] == capacity).all() and (mass[at] == 0).all()
 
 
-@pytest.mark.parametrize("policy", [H2O(budget=96), A2SF(budget=96), A2SF(budget=96, when="prefill")], ids=str)
+CAPTURED = (
+    H2O(budget=96),
+    A2SF(budget=96),
+    A2SF(budget=96, when="prefill"),
+    StreamingLLM(budget=96),
+    StreamingLLM(budget=96, when="prefill"),
+    StreamingLLM(budget=96, reposition=False),
+)
+
+
+@pytest.mark.parametrize("policy", CAPTURED, ids=str)
 def test_a_captured_step_gives_what_a_plain_one_gives(policy):
     model = llama(torch.float32)
     long = torch.randint(1, 512, (1, 300), device=CUDA)
@@ -132,6 +145,56 @@ def test_a_captured_step_gives_what_a_plain_one_gives(policy):
             assert all(torch.equal(a, b) for a, b in zip(plain, captured, strict=True))
         else:
             assert torch.equal(plain, captured)
+
+
+@pytest.mark.parametrize("policy", CAPTURED, ids=str)
+def test_steps_outside_the_graph_may_come_between(policy):
+    """A watched step is taken by the layers themselves, in the place where the graph goes on afterwards."""
+    model, logits = llama(torch.float32), {}
+    prompt = torch.randint(1, 512, (2, 150), device=CUDA)
+    ids = torch.randint(1, 512, (12, 2, 1), device=CUDA)
+    for graph in (False, None):
+        with torch.no_grad(), policy.attach(model, graph=graph) as kept:
+            cache = model(prompt, use_cache=True).past_key_values
+            assert (kept.graph_mode(cache) is not None) == (graph is None)
+            steps = []
+            for number, token in enumerate(ids):
+                watch = kept.watch(lambda *seen: None) if number == 5 else None
+                steps.append(model(input_ids=token, past_key_values=cache).logits)
+                if watch is not None:
+                    watch.remove()
+            logits[graph] = torch.cat(steps, 1)
+    assert (logits[False] - logits[None]).norm() / logits[False].norm() < 1e-4
+
+
+def test_streaming_over_unbounded_text_is_captured():
+    """Turned anew in each step, the sinks stay where they belong over many times the budget."""
+    model, logits = llama(torch.float32, length=256), {}
+    ids = torch.randint(1, 512, (700, 1, 1), device=CUDA)
+    for graph in (False, None):
+        with torch.no_grad(), StreamingLLM(budget=48).attach(model, graph=graph) as kept:
+            cache = model(ids[:64].view(1, 64), use_cache=True).past_key_values
+            steps = [model(input_ids=one, past_key_values=cache).logits for one in ids]
+            assert kept.graph_mode(cache) == (None if graph is False else 2)
+            logits[graph] = torch.cat(steps, 1)[:, -50:]
+            assert sorted(kept.positions(2)[0, 0].tolist())[:5] == [0, 1, 2, 3, 720]
+    assert (logits[False] - logits[None]).norm() / logits[False].norm() < 1e-4
+
+
+def test_captures_share_their_workspace():
+    """Attachments one after the other leave nothing on the device."""
+    model = llama()
+    prompt = torch.randint(1, 512, (3, 200), device=CUDA)
+    left = []
+    for _ in range(4):
+        with torch.no_grad(), A2SF(budget=64).attach(model) as kept:
+            cache = model(prompt, use_cache=True).past_key_values
+            model(input_ids=prompt[:, :1], past_key_values=cache)
+            kept.cache = None
+        del cache, kept
+        gc.collect()
+        left.append(torch.cuda.memory_allocated())
+    assert left[1] == left[2] == left[3], left
 
 
 def test_an_earlier_cache_survives_the_next_one():
@@ -171,7 +234,7 @@ def test_bf16_generates_within_the_budget():
     assert torch.equal(model(prompt).logits, before)
 
 
-def test_a_long_prompt_costs_little_more_memory_than_attention_alone():
+def test_a_long_prompt_costs_no_more_memory_than_attention_alone():
     model = llama(layers=4, heads=32, kv_heads=8, dim=128)
     prompt = torch.randint(1, 512, (1, 16384), device=CUDA)
 
@@ -192,7 +255,7 @@ def test_a_long_prompt_costs_little_more_memory_than_attention_alone():
         peak()
         accumulated = peak()
     print(f"16k: sdpa {alone / 2**20:.0f} MiB, a2sf {scored / alone:.2f}x, h2o {accumulated / alone:.2f}x")
-    assert scored <= 1.3 * alone and accumulated <= 1.3 * alone
+    assert scored <= alone and accumulated <= alone
 
 
 def test_compiled_blocks_and_fast_linear_maps_agree_with_plain_ones():

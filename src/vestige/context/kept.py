@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vestige.context.attention import attend
+from vestige.context.blockwise import in_blocks
 from vestige.context.cache import KeptCache
 from vestige.context.layer import KeptLayer
 from vestige.context.policy import CachePolicy, Evict
@@ -59,6 +60,8 @@ class Kept:
         self._patch.hook(anatomy.base, self._after, kind="forward")
         for layer in anatomy.layers:
             _attached[layer.attention] = self
+            if layer.mlp is not None:
+                self._patch.attribute(layer.mlp, "forward", in_blocks(layer.mlp.forward))
         self._graph, self.compile = graph, compile
         if graph is not False and torch.cuda.is_available():
             self._patch.attribute(model, "forward", GraphedForward(self, model).wrapped())
@@ -103,7 +106,7 @@ class Kept:
             and all(type(layer) is KeptLayer and layer.slots for layer in cache.layers)
             and isinstance(policy, Evict)
             and policy.lag == 1
-            and type(policy).present is CachePolicy.present
+            and _present_in_slots(policy, cache)
             and type(policy).respond is CachePolicy.respond
             and not policy.needs_queries
             and not any(self.anatomy.sliding_windows)
@@ -254,6 +257,13 @@ def _of_config(config: Any) -> Kept:
     """The attachment of a config; of several models that share it, the one that is running."""
     found = {id(kept): kept for kept in _attached.values() if kept.anatomy.config is config}
     return max(found.values(), key=lambda kept: kept._running is not None)
+
+
+def _present_in_slots(policy: Evict, cache: KeptCache) -> bool:
+    """Whether what the policy does to its entries before each step can be done in fixed slots."""
+    if type(policy).present is CachePolicy.present:
+        return True
+    return type(policy).turned is not CachePolicy.turned and min(cache.real) >= policy.sinks
 
 
 def _earlier(kwargs: dict[str, Any], count: int) -> dict[str, Any]:

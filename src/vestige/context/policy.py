@@ -23,6 +23,7 @@ from vestige.errors import SpecError
 
 if TYPE_CHECKING:
     from vestige.context.kept import Kept
+    from vestige.context.slots import TurnedKeys
 
 __all__ = ["AttentionMass", "CachePolicy", "Evict", "Ranking"]
 
@@ -85,6 +86,11 @@ class CachePolicy(Method):
 
     def present(self, entries: KeptLayer, step: Step) -> None:
         """Make the entries ready to be attended to; the new ones are among them."""
+
+    def turned(self, entries: KeptLayer) -> TurnedKeys | None:
+        """What :meth:`present` comes to in a step over fixed slots, where it turns keys by the tokens missing; asked
+        for once every row has seen its sinks, before the step's token is entered."""
+        return None
 
     def places(self, entries: KeptLayer) -> Tensor:
         """Where attention takes each entry to stand, ``(batch, kv_heads, slots)``: what sliding windows go by."""

@@ -15,6 +15,7 @@ import functools
 import logging
 import weakref
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from vestige.context.policy import Evict
     from vestige.layers.ops.decode_triton import SlotTable
 
-__all__ = ["GraphedForward", "SlotStep"]
+__all__ = ["GraphedForward", "SlotStep", "TurnedKeys"]
 
 logger = logging.getLogger(__name__)
 
@@ -36,21 +37,51 @@ ROOM = 768  # slots, at the least, by which a cache that goes on growing is made
 UNIT = 256  # its size is a multiple of this many, so that caches of similar size share a graph
 
 
+@dataclass
+class TurnedKeys:
+    """Keys of a layer that are turned on by as many positions as tokens are missing from the cache.
+
+    Attributes:
+        came: ``(batch, kv_heads, turned, dim)`` the keys as they came.
+        slots: ``(batch, turned)`` where they are held, the same in all heads.
+        missing: ``(batch,)`` tokens that a row has seen beyond those that it holds.
+    """
+
+    came: Tensor
+    slots: Tensor
+    missing: Tensor
+
+
 class SlotStep:
     """What the layers need to know while a step runs over tables of slots."""
 
     count, decoding = 1, True
 
-    def __init__(self, tables: list[SlotTable], seen: Tensor, mode: int, policy: Any) -> None:
+    def __init__(
+        self, tables: list[SlotTable], seen: Tensor, mode: int, policy: Any, turned: list[TurnedKeys], rotary: Any
+    ) -> None:
         self.tables, self.seen, self.mode = tables, seen, mode
         self.carry = policy.carry(1) if mode == 1 else 1.0
         self.sinks = policy.sinks
         self.recent = policy.recent_tokens(policy.budget) if mode else 0
+        self.turned = turned
+        if turned:
+            self.frequencies = torch.tensor(rotary.frequencies, device=seen.device)
+
+    def begin(self) -> None:
+        """One token more has been seen; with it, one more may be missing."""
+        self.seen.add_(1)
+        if self.turned:
+            by = torch.maximum(self.seen - self.tables[0].capacity, self.turned[0].missing)
+            angle = by[:, None] * self.frequencies
+            self.phase = angle.cos(), angle.sin()
 
     def write(self, layer: int, key: Tensor, value: Tensor) -> None:
-        from vestige.layers.ops.decode_triton import write_slot
+        from vestige.layers.ops.decode_triton import turn_slots, write_slot
 
         write_slot(self.tables[layer], key, value, self.seen, self.mode)
+        if self.turned:
+            turn_slots(self.tables[layer], self.turned[layer].came, self.turned[layer].slots, *self.phase)
 
     def attend(self, layer: int, query: Tensor, scaling: float) -> Tensor:
         from vestige.layers.ops.decode_triton import attend_slots
@@ -130,6 +161,7 @@ class GraphedForward:
         step.input_ids.copy_(ids)
         step.graph.replay()
         cache.real = [real + 1 for real in cache.real]
+        step.real = list(cache.real)
         for layer, table in zip(cache.layers, step.step.tables, strict=True):
             layer.seen += 1
             if mode == 0:
@@ -169,9 +201,11 @@ class _GraphedStep:
         if mode:
             cache.padded = True  # slots may be empty from now on
         self._held: weakref.ref[KeptCache] | None = weakref.ref(cache)
+        self.real: list[int] = []
         batch, device = cache.layers[0].keys.shape[0], cache.layers[0].device
         self.seen = torch.ones(batch, dtype=torch.int32, device=device)
-        self.step = SlotStep(tables, self.seen, mode, cache.policy)
+        turned = [one for layer in cache.layers if (one := cache.policy.turned(layer)) is not None]
+        self.step = SlotStep(tables, self.seen, mode, cache.policy, turned, cache.rotary)
         self.input_ids = torch.zeros(batch, 1, dtype=torch.long, device=device)
         self.position_ids = torch.zeros(batch, 1, dtype=torch.long, device=device)
         stand_in = kept.new_cache()
@@ -181,7 +215,7 @@ class _GraphedStep:
             twin.keys, twin.values = layer.keys[:, :, :1], layer.values[:, :, :1]
 
         def run() -> Any:
-            self.seen.add_(1)
+            self.step.begin()
             return forward(
                 input_ids=self.input_ids, position_ids=self.position_ids, past_key_values=stand_in, use_cache=True
             )
@@ -194,7 +228,7 @@ class _GraphedStep:
 
         spoiled = [(flat, table.offset, flat[table.offset]) for table in tables for flat in table.entries()]
         with _made_fast(kept, batch, stand_in):
-            side = torch.cuda.Stream(device)
+            side = _side_stream(device)
             side.wait_stream(torch.cuda.current_stream(device))
             with torch.cuda.stream(side):
                 for _ in range(2):
@@ -203,16 +237,18 @@ class _GraphedStep:
                 shrink()
             torch.cuda.current_stream(device).wait_stream(side)
             self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
+            with torch.cuda.graph(self.graph, stream=side):
                 self.output = run()
         for flat, first_slots, entries in spoiled:
             flat[first_slots] = entries
         self._set_out(cache)
 
     def holds(self, cache: KeptCache) -> bool:
-        """Whether the tables hold this cache's entries, as it left them."""
-        if self._held is None or self._held() is not cache:
-            return False
+        """Whether the tables hold this cache's entries, as the last step left them."""
+        return self._held is not None and self._held() is cache and self.real == cache.real and self._lies_here(cache)
+
+    def _lies_here(self, cache: KeptCache) -> bool:
+        """Whether a cache's entries are those of the tables, whatever was done with them since."""
         return all(
             layer.keys.data_ptr() == table.keys.data_ptr()
             for layer, table in zip(cache.layers, self.step.tables, strict=True)
@@ -221,7 +257,7 @@ class _GraphedStep:
     def adopt(self, cache: KeptCache) -> None:
         """Move a cache's entries into the tables; a cache that was there before gets copies of its own."""
         before = self._held() if self._held is not None else None
-        if before is not None and before is not cache and self.holds(before):
+        if before is not None and self._lies_here(before):
             for layer in before.layers:
                 layer._rewrite(lambda tensor: tensor.clone())
         for layer, table in zip(cache.layers, self.step.tables, strict=True):
@@ -233,6 +269,12 @@ class _GraphedStep:
 
     def _set_out(self, cache: KeptCache) -> None:
         """Set what the step counts by, and choose the slots of the next token."""
+        self.real = list(cache.real)
+        for layer, ours in zip(cache.layers, self.step.turned, strict=False):
+            now = cache.policy.turned(layer)
+            for field in ("came", "slots", "missing"):
+                getattr(ours, field).copy_(getattr(now, field))
+            layer.aside["sinks"] = ours.came
         self.seen.copy_(torch.tensor(cache.real, dtype=torch.int32))
         for layer, table in zip(cache.layers, self.step.tables, strict=True):
             if self.mode == 0:
@@ -246,6 +288,12 @@ class _GraphedStep:
             spared = (positions < self.step.sinks) | (positions >= real - self.step.recent)
             rank = rank.masked_fill(spared, 3e38).masked_fill(positions == EMPTY, -1.0)
             table.target.copy_(rank.argmin(dim=2).flatten())
+
+
+@functools.cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream on which steps are captured: one for all, since each stream that multiplies has its own workspace."""
+    return torch.cuda.Stream(device)
 
 
 @contextlib.contextmanager

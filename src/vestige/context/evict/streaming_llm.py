@@ -9,6 +9,7 @@ from torch import Tensor
 
 from vestige.context.layer import EMPTY, KeptLayer, Step
 from vestige.context.policy import Evict
+from vestige.context.slots import TurnedKeys
 from vestige.core.method import Paper, Verdict, param
 
 __all__ = ["StreamingLLM"]
@@ -69,6 +70,20 @@ class StreamingLLM(Evict):
             by = by[rows, :, 0] if isinstance(by, Tensor) else by
             step.shared[known] = rows, sinks, slots, by, rotary.phase(by, entries.keys)
         rows, sinks, slots, by, phase = step.shared[known]
+        came = self._came(entries, rows, sinks, slots, by)
+        entries.keys[rows, :, slots] = rotary.apply(came[rows, :, sinks], phase)
+
+    def turned(self, entries: KeptLayer) -> TurnedKeys | None:
+        if entries.cache.rotary is None:
+            return None
+        rows, sinks, slots = self._sinks(entries)
+        missing = torch.as_tensor(_missing(entries), device=entries.device).expand(entries.sizes[0], 1, 1)
+        came = self._came(entries, rows, sinks, slots, missing[rows, :, 0])
+        where = slots.new_zeros(entries.sizes[0], self.sinks).index_put((rows, sinks), slots)
+        return TurnedKeys(came, where.int(), missing[:, 0, 0].int())
+
+    def _came(self, entries: KeptLayer, rows: Tensor, sinks: Tensor, slots: Tensor, by: Any) -> Tensor:
+        """The sinks' keys before any turn, ``(batch, kv_heads, sinks, dim)``."""
         keys = entries.keys[rows, :, slots]
         came = entries.aside.get("sinks")
         if came is None:
@@ -76,7 +91,7 @@ class StreamingLLM(Evict):
             came[rows, :, sinks] = keys
         elif entries.cache.padded:  # a row that has lost nothing yet holds its sinks as they came, and may gain some
             came[rows, :, sinks] = torch.where(by[..., None] == 0, keys, came[rows, :, sinks])
-        entries.keys[rows, :, slots] = rotary.apply(came[rows, :, sinks], phase)
+        return came
 
     def places(self, entries: KeptLayer) -> Tensor:
         positions = entries._positions(entries.slots)

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["SlotTable", "attend_slots", "write_slot"]
+__all__ = ["SlotTable", "attend_slots", "turn_slots", "write_slot"]
 
 APPEND, BY_MASS, BY_POSITION = 0, 1, 2  # how the next slot is found
 EMPTY = -1
@@ -75,6 +75,23 @@ def _write(
     if MODE == 0:
         tl.store(length + segment, tl.load(target + segment) + 1)
         tl.store(target + segment, tl.load(target + segment) + 1)
+
+
+@triton.jit
+def _turn(came, cosine, sine, keys, offset, slots, kv_heads, dim, pairs, PAIRS: tl.constexpr):
+    segment, number, each = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
+    row = segment // kv_heads
+    pair = tl.arange(0, PAIRS)
+    inside = pair < pairs
+    cos = tl.load(cosine + row * pairs + pair, mask=inside, other=0.0)
+    sin = tl.load(sine + row * pairs + pair, mask=inside, other=0.0)
+    line = came + (segment * each + number).to(tl.int64) * dim
+    first = tl.load(line + pair, mask=inside, other=0.0).to(tl.float32)
+    second = tl.load(line + pairs + pair, mask=inside, other=0.0).to(tl.float32)
+    slot = tl.load(offset + segment).to(tl.int64) + tl.load(slots + row * each + number)
+    at = keys + slot * dim
+    tl.store(at + pair, (first * cos - second * sin).to(keys.dtype.element_ty), mask=inside)
+    tl.store(at + pairs + pair, (second * cos + first * sin).to(keys.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -199,6 +216,21 @@ def write_slot(table: SlotTable, key: Tensor, value: Tensor, seen: Tensor, mode:
         key, value, table.keys, table.values, table.positions, mass, table.offset, table.length, table.target, seen,
         table.kv_heads, dim, key.stride(0), key.stride(1), value.stride(0), value.stride(1),
         MODE=mode, DIM=triton.next_power_of_2(dim), num_warps=1,
+    )  # fmt: skip
+
+
+def turn_slots(table: SlotTable, came: Tensor, slots: Tensor, cosine: Tensor, sine: Tensor) -> None:
+    """Write some keys anew, turned by a row's phase.
+
+    Args:
+        came: ``(rows, kv_heads, turned, dim)`` the keys before the turn.
+        slots: ``(rows, turned)`` where in its segment each is held.
+        cosine, sine: ``(rows, pairs)`` float32 of the angle of each pair of dimensions.
+    """
+    pairs = cosine.shape[1]
+    _turn[(table.rows * table.kv_heads, came.shape[2])](
+        came, cosine, sine, table.keys, table.offset, slots, table.kv_heads, came.shape[3], pairs,
+        PAIRS=triton.next_power_of_2(pairs), num_warps=1,
     )  # fmt: skip
 
 
