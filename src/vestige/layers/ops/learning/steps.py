@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import Literal
@@ -53,15 +54,8 @@ class Features:
         """``polynomial``: every product of up to ``degree`` channels, once; ``powers``: powers of single channels."""
         if name == "none":
             return None
-        if name == "powers":
-            powers = range(1, degree + 1)
-            which = torch.tensor([[channel] * p + [dim] * (degree - p) for p in powers for channel in range(dim)])
-        else:
-            which = torch.combinations(torch.arange(dim + 1), degree, with_replacement=True)
-        order = (which < dim).sum(1)
-        count = torch.nn.functional.one_hot(which, dim + 1)[..., :dim].sum(1)
-        ways = (torch.lgamma(order + 1.0) - torch.lgamma(count + 1.0).sum(1)).exp().round()
-        return cls(which.to(like.device), order.to(like.device), ways.to(like).sqrt())
+        make = _features if torch.compiler.is_compiling() else _kept_features
+        return make(name, dim, degree, like.device, like.dtype)
 
     def __call__(self, x: Float[Tensor, "... dim"], scale: Float[Tensor, " degrees"]) -> Float[Tensor, "... features"]:
         """The features; ``scale`` is a factor for each order, from none at all."""
@@ -70,6 +64,25 @@ class Features:
         for column in self.which.unbind(1)[1:]:
             product = product * extended[..., column]
         return product
+
+
+def _features(name: FeatureName, dim: int, degree: int, device: torch.device, dtype: torch.dtype) -> Features:
+    if name == "powers":
+        powers = range(1, degree + 1)
+        which = torch.tensor([[channel] * p + [dim] * (degree - p) for p in powers for channel in range(dim)])
+    else:
+        which = torch.combinations(torch.arange(dim + 1), degree, with_replacement=True)
+    order = (which < dim).sum(1)
+    count = torch.nn.functional.one_hot(which, dim + 1)[..., :dim].sum(1)
+    ways = (torch.lgamma(order + 1.0) - torch.lgamma(count + 1.0).sum(1)).exp().round()
+    return Features(which.to(device), order.to(device), ways.to(device, dtype).sqrt())
+
+
+@functools.lru_cache(maxsize=64)
+@torch.inference_mode(False)
+def _kept_features(name: FeatureName, dim: int, degree: int, device: torch.device, dtype: torch.dtype) -> Features:
+    """Made once: the same tokens after tokens, and nothing is copied to the device while a graph is captured."""
+    return _features(name, dim, degree, device, dtype)
 
 
 def width_of(name: FeatureName, dim: int, degree: int) -> int:
