@@ -54,7 +54,7 @@ from vestige.layers.ops.windowed_attention import windowed_attention
 from vestige.layers.state import LayerState
 
 WINDOW = 256
-SLOW = 2000.0  # milliseconds; a path that layers do not take, and that takes longer, is not taken for longer texts
+SLOW = 1000.0  # milliseconds; a path that layers do not take, and that takes longer, is not taken for longer texts
 FILL = 256  # tokens that a state has seen before single ones are timed: no window is longer
 
 

@@ -1,0 +1,125 @@
+"""Write the tables of speed into layers.md, from the results in benchmarks/layers.
+
+Run by hand where there are new results: ``python docs/scripts/speed.py``. A test compares.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS, PAGE = ROOT / "benchmarks" / "layers", ROOT / "docs" / "layers.md"
+Rows = list[dict[str, Any]]
+
+
+def rows_of(name: str) -> Rows:
+    """The rows of a result; none where it was not run."""
+    place = RESULTS / f"{name}.json"
+    return json.loads(place.read_text(encoding="utf-8"))["rows"] if place.is_file() else []
+
+
+def digits(value: float | None, suffix: str = "") -> str:
+    """A number as people read it."""
+    if value is None:
+        return "-"
+    return f"{value:,.0f}{suffix}" if value >= 100 else f"{value:.3g}{suffix}"
+
+
+def pair(row: dict[str, Any] | None) -> str:
+    """Milliseconds forward, and forward with backward."""
+    if row is None:
+        return ""
+    if "error" in row:
+        return row["error"].split(":")[0]
+    return f"{digits(row['forward_ms'])} / {digits(row['both_ms'])}"
+
+
+def against_attention() -> list[str]:
+    """One row per mixer: ours at every length, the portable path and flash-linear-attention at the longest shared."""
+    rows = rows_of("speed-h100")
+    lengths = sorted({row["length"] for row in rows})
+    found = {(row["mixer"], row["what"], row["path"], row["length"]): row for row in rows}
+    ours = [(what, mixer) for mixer, what, path, length in found if path == "ours" and length == lengths[0]]
+
+    def cost(key: tuple[str, str]) -> tuple[str, float]:
+        row = found[key[1], key[0], "ours", lengths[0]]
+        return ("" if key[0] == "op" else key[0], row.get("both_ms") or float("inf"))
+
+    names = [f"{length // 1024}k" for length in lengths]
+    lines = ["| mixer | what | " + " | ".join(f"{name}, ms" for name in names) + " | portable | fla |"]
+    lines.append("|---|---|" + "---|" * len(names) + "---|---|")
+    for what, mixer in sorted(ours, key=cost):
+        cells = [pair(found.get((mixer, what, "ours", length))) for length in lengths]
+        for path in ("own", "fla"):
+            seen = [
+                length for length in lengths if "error" not in found.get((mixer, what, path, length), {"error": ""})
+            ]
+            longest = max(seen, default=None)
+            cells.append(f"{pair(found[mixer, what, path, longest])} ({longest // 1024}k)" if longest else "")
+        lines.append(f"| `{mixer}` | {'operator' if what == 'op' else 'layer'} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def against_steps() -> list[str]:
+    """One row per recurrent mixer: how many times the time of a text goes into its tokens one after the other."""
+    lines = ["| mixer | forward | forward and backward |", "|---|---|---|"]
+    rows = sorted(rows_of("speed-cpu"), key=lambda row: -row.get("steps_over_chunks_both", 0))
+    for row in rows:
+        ratios = [row.get(f"steps_over_chunks_{kind}") for kind in ("forward", "both")]
+        lines.append(f"| `{row['mixer']}` | {digits(ratios[0], ' x')} | {digits(ratios[1], ' x')} |")
+    return lines
+
+
+def decoding() -> list[str]:
+    """One row per mixer: a step's kernels and the whole of it, at the shortest and longest context, and bytes held."""
+    rows = [row for row in rows_of("decoding-h100") if row["batch"] == 1 and row["context"]]
+    if not rows:
+        return []
+    ends = (min(row["context"] for row in rows), max(row["context"] for row in rows))
+    names = [f"{end // 1024}k" for end in ends]
+    found = {(row["mixer"], row["context"]): row for row in rows}
+    heads = [f"kernels at {name}, ms" for name in names] + [f"step at {names[1]}, ms"]
+    lines = ["| mixer | " + " | ".join([*heads, *(f"bytes at {name}" for name in names)]) + " |"]
+    lines.append("|---|" + "---|" * 5)
+    mixers = dict.fromkeys(row["mixer"] for row in rows)
+    for mixer in sorted(mixers, key=lambda mixer: found.get((mixer, ends[1]), {}).get("state_bytes", 0)):
+        first, last = (found.get((mixer, end), {}) for end in ends)
+        cells = [digits(row.get("graph_ms")) for row in (first, last)] + [digits(last.get("eager_ms"))]
+        cells += [f"{row['state_bytes']:,}" if row else "-" for row in (first, last)]
+        lines.append(f"| `{mixer}` | " + " | ".join(cells) + " |")
+    return lines
+
+
+def against_titans() -> list[str]:
+    """Titans' memory here and in titans-pytorch: milliseconds, and gigabytes at the peak."""
+    lines = [
+        "| 16 heads of | tokens | type | memory | forward / both, ms | over ours | peak |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows_of("titans-h100"):
+        over = [row.get(f"{kind}_over_vestige") for kind in ("forward", "both")]
+        ratio = " / ".join(digits(value, " x") for value in over) if over[0] else ""
+        peak = f"{row['peak_bytes'] / 1e9:.2f} GB" if "peak_bytes" in row else ""
+        cells = [str(row["dim"]), f"{row['length']:,}", row["dtype"], row["memory"], pair(row), ratio, peak]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+TABLES = {"speed": against_attention, "steps": against_steps, "decoding": decoding, "titans": against_titans}
+NEEDS = {"speed": "speed-h100", "steps": "speed-cpu", "decoding": "decoding-h100", "titans": "titans-h100"}
+
+
+def written(page: str) -> str:
+    """The page with the tables of now."""
+    for name, table in TABLES.items():
+        begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+        if begin in page and rows_of(NEEDS[name]):
+            before, _, rest = page.partition(begin)
+            page = "\n".join([before + begin, "", *table(), "", end]) + rest.partition(end)[2]
+    return page
+
+
+if __name__ == "__main__":
+    PAGE.write_text(written(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
