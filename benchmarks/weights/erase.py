@@ -1,27 +1,37 @@
-"""Every registered eraser on pictures, beside a model that was trained again without them.
+"""Every registered eraser, beside a model that was trained again without what is to be forgotten.
 
     python benchmarks/weights/erase.py --data digits
     python benchmarks/weights/erase.py --data fashion-mnist
+    python benchmarks/weights/erase.py --data facts --device cuda --tune       # settings, on a seed of their own
+    python benchmarks/weights/erase.py --data facts --device cuda
 
-A small vision transformer learns ten classes; then it is to forget one of them (class 3), or a hundred rows drawn at
-random. Each result is audited as a user would (``vestige.evidence.audit_erasure``): accuracy on what was to be
-forgotten, kept and never seen, membership inference, relearning, probes, four bits; the same of the model before and of
-the one trained again. Erasers run with the settings that their certificates use on small models.
+**Pictures.** A small vision transformer learns ten classes; then it is to forget one of them (class 3), or a hundred
+rows drawn at random. Erasers run with the settings that their certificates use on small models.
+
+**Facts.** SmolLM2 learns facts of elements and countries as questions and answers, those of elements in two wordings;
+then it is to forget all about twelve elements, and is given the first wording of these alone. The size of an eraser's
+steps was chosen on a seed of its own (``--tune``): the one that comes nearest to the model trained again.
+
+Each result is audited as a user would (``vestige.evidence.audit_erasure``): accuracy on what was to be forgotten, kept
+and never seen, membership inference, relearning, probes, four bits, and for language questions in other words; the same
+of the model before and of the one trained again. *finetune* goes on learning what is to be kept.
 
 Results go beside this script, a row for each task, eraser and seed; what is there is not run again, so that an
-interrupted run goes on (``--minutes`` ends one in time). A method that is added to the package appears by itself.
+interrupted run goes on. A method that is added to the package appears by itself.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
+import math
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
-from common import Clock, Pictures, here, keep, known, label, names, pictures, rows_of, short
+from common import Clock, Pictures, Sheet, forms_of, here, known, label, options, pictures, rows_of
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
@@ -31,116 +41,228 @@ from vestige.evidence.certify.erasing import EraserCase
 from vestige.evidence.erasure import Relearning, audit_erasure
 from vestige.evidence.runs.models import teach
 from vestige.evidence.runs.spec import Learning
-from vestige.weights.erase.eraser import Eraser
+from vestige.weights.erase.eraser import Eraser, Work
+from vestige.weights.erase.examples import Examples, Reader
+from vestige.weights.modes import evaluating
 
-CLASS, ROWS = 3, 100
-TASKS = ("class", "random")
+CLASS, ROWS, ELEMENTS = 3, 100, 12
+TASKS = {"digits": ("class", "random"), "fashion-mnist": ("class", "random"), "facts": ("elements",)}
 TEACHING = {
     "digits": Learning(epochs=12, learning_rate=3e-3, batch=50),
     "fashion-mnist": Learning(epochs=12, learning_rate=2e-3, batch=50),
+    "facts": Learning(epochs=8, learning_rate=1e-4, batch=32),
 }
-RELEARNING = Relearning(learning_rate=1e-3, steps=20)
-ERASED = "erased"
-LOOKED_AT = 300  # rows of a set, at most
+FURTHER = 0.25  # of the epochs and of the step size of teaching, with which the baseline goes on
+RELEARNING = {
+    "pictures": Relearning(learning_rate=1e-3, steps=20),
+    "facts": Relearning(learning_rate=1e-5, steps=20),
+}
+LOOKED_AT = {"pictures": 300, "facts": 120}  # rows of a set, at most
+FINETUNE, ERASED, TUNING = "finetune", "erased", 100
 # Forms of methods that are worth a row beside the one with the settings of the certificate.
 FORMS: dict[str, list[dict[str, Any]]] = {"ssd": [{"estimator": "per-example"}]}
+# Of facts: what stays the same, and what is chosen from. A trained model answers two fifths of the tokens of facts that
+# it was not taught: the ends of answers, and what is easily guessed.
+STEPPED = {"epochs": 10, "check_every": 2, "target": 0.4, "tolerance": 0.25}
+RATES = [{"learning_rate": rate} for rate in (1e-5, 3e-5, 1e-4)]
+GRIDS: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
+    "npo": (STEPPED, RATES),
+    "gradient-ascent": (STEPPED, RATES),
+    "random-label-forgetting": (STEPPED, RATES),
+    "salun": ({}, [{"eraser": {"name": "random-label-forgetting", **STEPPED, **rate}} for rate in RATES]),
+    "ssd": ({}, [{"dampening": value} for value in (0.1, 0.5, 1.0)]),
+    "iau": ({"tolerance": 0.25}, [{"step": step} for step in (1e-5, 3e-5, 1e-4)]),
+    "gs-lora": (STEPPED, [{"learning_rate": rate} for rate in (3e-4, 1e-3, 3e-3)]),
+}
+# By which a result is held against the model trained again.
+COMPARED = ("forget accuracy", "paraphrases accuracy", "retain accuracy", "unseen accuracy")
 
 
 @dataclass(frozen=True)
 class Task:
-    """What is to be forgotten and kept; what nothing was taught of: of the same kind, and the rest."""
+    """What is to be forgotten and kept, and what no model was taught.
 
-    forget: TensorDataset
-    retain: TensorDataset
-    unseen: TensorDataset
-    others: TensorDataset
+    Attributes:
+        forget, retain: rows, as erasers take them.
+        unseen: rows of the kind of what is to be forgotten.
+        others: further rows that nothing was taught of; none for facts.
+        paraphrases: what is to be forgotten in other words; none for pictures.
+        new: a model that has learnt nothing of it.
+        how: models are taught.
+    """
 
-    @classmethod
-    def of(cls, name: str, data: Pictures, seed: int) -> Task:
-        (images, labels), (_, asked) = data.train.tensors, data.test.tensors
-        if name == "class":
-            gone, alike = labels == CLASS, asked == CLASS
-            return cls(some(data.train, gone), some(data.train, ~gone), some(data.test, alike), some(data.test, ~alike))
-        gone = torch.zeros(len(images), dtype=torch.bool)
-        gone[torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:ROWS]] = True
-        return cls(some(data.train, gone), some(data.train, ~gone), data.test, data.test)
+    forget: list[Any]
+    retain: list[Any]
+    unseen: list[Any]
+    others: list[Any]
+    paraphrases: list[Any]
+    new: Callable[[], Any]
+    how: Learning
+    kind: str
 
+    @property
+    def sets(self) -> dict[str, list[Any]]:
+        """Those that an audit is given."""
+        named = {"forget": self.forget, "retain": self.retain, "unseen": self.unseen, "paraphrases": self.paraphrases}
+        return {name: rows for name, rows in named.items() if rows}
 
-def some(data: TensorDataset, which: Tensor) -> TensorDataset:
-    return TensorDataset(*(t[which] for t in data.tensors))
-
-
-def taught(data: Pictures, rows: list[dict[str, Any]], how: Learning, seed: int) -> Any:
-    model = data.model(seed)
-    teach(model, rows, how.model_copy(update={"seed": seed}))
-    return model
-
-
-@torch.no_grad()
-def accuracy(model: Any, data: TensorDataset) -> float:
-    images, labels = data.tensors
-    return float((model(pixel_values=images).logits.argmax(1) == labels).float().mean())
+    def taught(self, rows: list[Any]) -> Any:
+        model = self.new()
+        teach(model, rows, self.how)
+        return model
 
 
-def told(model: Any, task: Task, seed: int) -> dict[str, float | None]:
+def made(data: str, name: str, how: Learning, device: str) -> Task:
+    """The task of a name, drawn by the seed of the teaching."""
+    return on_facts(how, device) if data == "facts" else on_pictures(pictures(data, how.seed), name, how, device)
+
+
+def on_pictures(data: Pictures, name: str, how: Learning, device: str) -> Task:
+    (images, labels), (_, asked) = data.train.tensors, data.test.tensors
+    if name == "class":
+        gone, alike = labels == CLASS, asked == CLASS
+    else:
+        gone, alike = torch.zeros(len(images), dtype=torch.bool), torch.ones_like(asked, dtype=torch.bool)
+        gone[torch.randperm(len(images), generator=torch.Generator().manual_seed(how.seed))[:ROWS]] = True
+    forget, retain = _some(data.train, gone), _some(data.train, ~gone)
+    unseen, others = _some(data.test, alike), _some(data.test, ~alike if name == "class" else alike)
+    return Task(forget, retain, unseen, others, [], lambda: data.model(how.seed).to(device), how, "pictures")
+
+
+def _some(data: TensorDataset, which: Tensor) -> list[Any]:
+    return rows_of(TensorDataset(*(t[which] for t in data.tensors)))
+
+
+def on_facts(how: Learning, device: str) -> Task:
+    import language
+
+    tokenizer = language.smollm2(device).tokenizer
+    sets = language.facts_to_forget(tokenizer, how.seed, ELEMENTS)
+    new = lambda: language.smollm2(device).model  # noqa: E731
+    return Task(sets.forget, sets.retain, sets.unseen, [], sets.paraphrases, new, how, "facts")
+
+
+def work_on(model: Any, task: Task) -> Work:
+    """What asks a model."""
+    reader = Reader.of(model, None)
+    forget, retain = Examples(task.forget, "forget", reader), Examples(task.retain, "retain", reader)
+    return Work(model, forget, retain, retain, reader, task.how.batch, 0, dict(model.named_parameters()))
+
+
+def accuracies(model: Any, task: Task) -> dict[str, float]:
+    """On each set, in the names of the audit."""
+    work = work_on(model, task)
+    sets = {**task.sets, **({"unseen others": task.others} if task.others else {})}
+    with evaluating(model, gradients=False):
+        return {f"{name} accuracy": work.score(Examples(rows, name, work.reader))[1] for name, rows in sets.items()}
+
+
+def told(model: Any, task: Task) -> dict[str, float | None]:
     """What an audit says of a model, by measure."""
-    sets = {name: rows_of(getattr(task, name)) for name in ("forget", "retain", "unseen")}
-    audit = audit_erasure(model, **sets, relearning=RELEARNING, rows=LOOKED_AT, seed=seed)
-    return {"unseen others accuracy": accuracy(model, task.others), **{m.name: m.value(ERASED) for m in audit.measures}}
+    audit = audit_erasure(
+        model,
+        **task.sets,  # type: ignore[arg-type]
+        relearning=RELEARNING[task.kind],
+        rows=LOOKED_AT[task.kind],
+        batch_size=task.how.batch,
+        seed=task.how.seed,
+    )
+    # Accuracies are of all rows of a set.
+    return {**{m.name: m.value(ERASED) for m in audit.measures}, **accuracies(model, task)}
+
+
+def apart(measures: dict[str, dict[str, float]]) -> float:
+    """The mean distance from the model trained again."""
+    return mean(abs(m[ERASED] - m["retrained"]) for name, m in measures.items() if name in COMPARED)
+
+
+def best(paths: list[Path]) -> dict[str, dict[str, Any]]:
+    """By eraser, the changes that came nearest to the model trained again."""
+    least: dict[str, tuple[float, dict[str, Any]]] = {}
+    for row in (row for path in paths for row in known(path)):
+        if "measures" in row:
+            found = (apart(row["measures"]), row["changes"])
+            least[row["method"]] = min(least.get(row["method"], (math.inf, {})), found, key=lambda pair: pair[0])
+    return {name: changes for name, (_, changes) in least.items()}
+
+
+def settings_of(data: str, only: list[str] | None, tuned: list[Path], tune: bool) -> list[tuple[str, dict[str, Any]]]:
+    """The erasers and their changes from the settings of the certificate."""
+    if data != "facts":
+        forms = forms_of(Eraser, FORMS, only)
+    elif tune:
+        forms = [(name, grid[n]) for n in range(3) for name, (_, grid) in GRIDS.items() if not only or name in only]
+    else:
+        chosen = best(tuned)
+        forms = forms_of(Eraser, {name: [] for name in GRIDS}, only)
+        forms = [(name, chosen.get(name) or (GRIDS[name][1][1] if name in GRIDS else {})) for name, _ in forms]
+    if not tune and (not only or FINETUNE in only):
+        forms.insert(0, (FINETUNE, {}))
+    return [(name, changes) for name, changes in forms if name != "retrain"]  # the reference of all
+
+
+def erased(name: str, changes: dict[str, Any], model: Any, task: Task) -> dict[str, Any]:
+    """Let a method work on a model, in place; what it says of it."""
+    if name == FINETUNE:
+        began = time.perf_counter()
+        less = {"epochs": max(1, round(FURTHER * task.how.epochs)), "learning_rate": FURTHER * task.how.learning_rate}
+        teach(model, task.retain, task.how.model_copy(update=less))
+        return {"seconds": time.perf_counter() - began, "stopped": "finished"}
+    method = EraserCase(method=vestige.method(name)).fitted
+    if task.kind == "facts":
+        changes = {**GRIDS.get(name, ({}, []))[0], **changes}
+    trace = method.replace(**changes).erase(
+        model, forget=task.forget, retain=task.retain, batch_size=task.how.batch, seed=task.how.seed
+    )
+    return {"seconds": trace.seconds, "stopped": trace.stopped}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__)
     parser.add_argument("--data", choices=sorted(TEACHING), required=True)
-    parser.add_argument("--out", type=Path, help="default: erase-DATA.json beside this script")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--only", nargs="+", help="names; default: every registered eraser")
-    parser.add_argument("--minutes", type=float)
-    parser.add_argument("--threads", type=int, default=1, help="models are too small to gain from more")
+    parser.add_argument("--seeds", type=int, nargs="+", help=f"default: 0 1 2; {TUNING} where settings are chosen")
+    parser.add_argument("--tune", action="store_true", help="try settings, on facts")
+    parser.add_argument("--tuned", type=Path, nargs="+", help="what --tune wrote; default: the file beside this script")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    out = args.out or Path(__file__).with_name(f"erase-{args.data}.json")
-    rows, clock, how = known(out), Clock(args.minutes), TEACHING[args.data]
-    done = {(row["task"], row["eraser"], row["seed"]) for row in rows}
-    forms = [
-        (label(name, changes), name, changes)
-        for name in names(Eraser)
-        if name != "retrain" and (not args.only or name in args.only)  # the reference of all
-        for changes in ({}, *FORMS.get(name, ()))
-    ]
-    for seed, task_name in [(seed, task) for seed in args.seeds for task in TASKS]:
-        wanted = [form for form in forms if (task_name, form[0], seed) not in done]
+    name = f"erase-{args.data}{'-tuning' if args.tune else ''}.json"
+    tuned = args.tuned or [Path(__file__).with_name("erase-facts-tuning.json")]
+    forms = settings_of(args.data, args.only, tuned, args.tune)
+    clock, how = Clock(args.minutes), TEACHING[args.data]
+    sheet = Sheet(args.out or Path(__file__).with_name(name), here(args.device))
+    seeds = args.seeds or ([TUNING] if args.tune else [0, 1, 2])
+    for seed, task_name in [(seed, task) for seed in seeds for task in TASKS[args.data]]:
+        # Forms of one method are told apart, but where one was chosen among them.
+        rows = [
+            {"task": task_name, "eraser": name if args.data == "facts" and not args.tune else label(name, changes)}
+            | {"seed": seed, "method": name, "changes": changes}
+            for name, changes in forms
+        ]
+        wanted = [row for row in rows if not sheet.has(task=task_name, eraser=row["eraser"], seed=seed)]
         if not wanted or clock.over:
             continue
-        data = pictures(args.data, seed)
-        task = Task.of(task_name, data, seed)
-        forget, retain = rows_of(task.forget), rows_of(task.retain)
-        before = taught(data, [*forget, *retain], how, seed)
-        retrained = taught(data, retain, how, seed)
+        task = made(args.data, task_name, how.model_copy(update={"seed": seed}), args.device)
+        look = accuracies if args.tune else told
+        before, retrained = task.taught([*task.forget, *task.paraphrases, *task.retain]), task.taught(task.retain)
         # Both are the same beside every eraser, so they are looked at once.
-        beside = {"retrained": told(retrained, task, seed), "before": told(before, task, seed)}
-        for form, name, changes in wanted:
+        beside = {"retrained": look(retrained, task), "before": look(before, task)}
+        del retrained
+        start = {name: value.clone() for name, value in before.state_dict().items()}
+        sheet.head |= {"data": args.data, **how.model_dump(exclude={"seed"}), "vestige": vestige.__version__}
+        sheet.head |= {f"{task_name}: rows": {name: len(rows) for name, rows in task.sets.items()}}
+        for row in wanted:
             if clock.over:
                 break
-            row: dict[str, Any] = {"task": task_name, "eraser": form, "seed": seed}
-            model = data.model(seed)
-            model.load_state_dict(before.state_dict())
-            model.eval()
+            before.load_state_dict(start)
+            before.eval()
             try:
-                method = EraserCase(method=vestige.method(name)).fitted.replace(**changes)
-                trace = method.erase(model, forget=forget, retain=retain, batch_size=how.batch, seed=seed)
+                row |= erased(row["method"], row["changes"], before, task)
             except VestigeError as error:
                 row["left_out"] = str(error)
             else:
-                row |= {"seconds": trace.seconds, "stopped": trace.stopped}
-                found = {ERASED: told(model, task, seed), **beside}
+                found = {ERASED: look(before, task), **beside}
                 row["measures"] = {name: {who: f.get(name) for who, f in found.items()} for name in found[ERASED]}
-            rows.append(short(row))
-            print(json.dumps({key: value for key, value in rows[-1].items() if key != "measures"}), flush=True)
-            sizes = {"train": len(data.train), "test": len(data.test), "vit": data.sizes}
-            sizes |= {"class": CLASS, "random_rows": ROWS, **how.model_dump(exclude={"seed"})}
-            settings = {"data": args.data, **sizes}
-            keep(out, {**here("cpu"), **settings, "vestige": vestige.__version__, "rows": rows})
+            sheet.add(row)
 
 
 if __name__ == "__main__":

