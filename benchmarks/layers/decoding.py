@@ -21,7 +21,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import Clock, Sheet, attempt, built, every_mixer, grows, here, run_whole, settings_of, settle
+from measuring import (
+    Clock,
+    Sheet,
+    attempt,
+    built,
+    every_mixer,
+    grows,
+    here,
+    run_whole,
+    settings_of,
+    settle,
+    still_there,
+)
 from torch import Tensor
 
 from vestige.layers.layout import Layout
@@ -156,6 +168,7 @@ def main() -> None:
                 failed = attempt(lambda name=name, batch=batch: contexts(name, batch, args, sheet, clock))
             if failed and not clock.over:
                 sheet.add({**which, "context": None, **failed})
+                still_there(args.device)
 
 
 if __name__ == "__main__":

@@ -41,6 +41,7 @@ __all__ = [
     "run_whole",
     "settings_of",
     "settle",
+    "still_there",
     "weights_per_token",
 ]
 
@@ -98,17 +99,27 @@ def settle(device: str) -> None:
 
 
 def attempt(measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What was measured, or why it could not be. Where the device is lost the script ends; another call goes on."""
+    """What was measured, or why it could not be."""
     try:
         return measure()
     except torch.OutOfMemoryError:
         return {"error": "out of memory"}
     except Exception as error:  # whatever goes wrong with one mixer, the others are measured
-        return {"error": f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"[:200]}
+        lines = str(error).strip().splitlines() or [""]
+        return {"error": f"{type(error).__name__}: {lines[0]}"[:200]}
     finally:
         gc.collect()
         if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+            with contextlib.suppress(RuntimeError):
+                torch.cuda.empty_cache()
+
+
+def still_there(device: str) -> None:
+    """End the script where the device is lost, as after a kernel that went astray; another call goes on."""
+    try:
+        settle(device)
+    except RuntimeError as error:
+        raise SystemExit(f"the device is lost: {error}") from error
 
 
 def every_mixer() -> list[str]:

@@ -39,6 +39,7 @@ from measuring import (
     portable,
     run_whole,
     settings_of,
+    still_there,
     weights_per_token,
 )
 from torch import Tensor
@@ -80,7 +81,8 @@ class Case:
         return ["own", "fla", "ours"] if served else ["own", "ours"]
 
 
-class Sizes(argparse.Namespace):
+@dataclasses.dataclass(frozen=True)
+class Sizes:
     """What operators are given."""
 
     batch: int
@@ -97,28 +99,39 @@ class Sizes(argparse.Namespace):
 def drive_of(name: str, sizes: Sizes) -> Drive | None:
     """What drives the recurrence of a mixer, at equal sizes; ``None``: it has no such recurrence."""
     heads, dim = sizes.heads, sizes.dim
-    q, k = (F.normalize(sizes.drawn(heads, dim), dim=-1) for _ in range(2))
+
+    def direction(count: int = heads) -> Tensor:
+        return F.normalize(sizes.drawn(count, dim), dim=-1)
+
+    def rate() -> Tensor:
+        return torch.sigmoid(sizes.drawn(heads))
+
+    def by_token() -> Tensor:
+        return F.logsigmoid(sizes.drawn(heads).float() + 3)
+
+    def by_channel() -> Tensor:
+        return F.logsigmoid(sizes.drawn(heads, dim).float()) / 16
+
     v = sizes.drawn(heads, dim)
-    by_token = F.logsigmoid(sizes.drawn(heads).float() + 3)
-    by_channel = F.logsigmoid(sizes.drawn(heads, dim).float()) / 16
-    fixed = -torch.logspace(-3, 0, heads, device=sizes.device)
-    beta = torch.sigmoid(sizes.drawn(heads))
-    if name == "based":
-        small = taylor_features(sizes.drawn(heads, 16))
-        return Drive(small, small.flip(1), v)
-    if name == "mamba2":
-        shared = F.normalize(sizes.drawn(1, dim), dim=-1)
-        return Drive(shared, shared.flip(-1), v, by_token)
-    if name == "hgrn2":
-        return Drive(q, (1 - by_channel.exp()).to(sizes.dtype), v, by_channel)
-    return {
-        "linear-attention": Drive(q, k, v),
-        "lightning-attention": Drive(q, k, v, fixed),
-        "transnormer-llm": Drive(q, k, v, fixed),
-        "gla": Drive(q, k, v, by_channel),
-        "delta-net": Drive(q, k, v, None, beta),
-        "gated-delta-net": Drive(q, k, v, by_token, beta),
-    }.get(name)
+    match name:
+        case "linear-attention":
+            return Drive(direction(), direction(), v)
+        case "lightning-attention" | "transnormer-llm":
+            return Drive(direction(), direction(), v, -torch.logspace(-3, 0, heads, device=sizes.device))
+        case "mamba2":  # heads share queries and keys
+            return Drive(direction(1), direction(1), v, by_token())
+        case "gla":
+            return Drive(direction(), direction(), v, by_channel())
+        case "hgrn2":  # what is forgotten makes room for what is written
+            fade = by_channel()
+            return Drive(direction(), (1 - fade.exp()).to(sizes.dtype), v, fade)
+        case "delta-net":
+            return Drive(direction(), direction(), v, None, rate())
+        case "gated-delta-net":
+            return Drive(direction(), direction(), v, by_token(), rate())
+        case "based":
+            return Drive(taylor_features(sizes.drawn(heads, 16)), taylor_features(sizes.drawn(heads, 16)), v)
+    return None
 
 
 def leafed(inputs: Any) -> tuple[Any, list[Tensor]]:
@@ -211,8 +224,7 @@ def beside_attention(args: argparse.Namespace, sheet: Sheet, clock: Clock) -> No
         if (what == "layer" and name != "softmax" and name not in whole) or sheet.has(**which, done=True):
             continue
         dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
-        sizes = Sizes(batch=max(1, args.tokens // length), length=length, heads=args.heads, dim=args.dim)
-        sizes.device, sizes.dtype = args.device, dtype
+        sizes = Sizes(max(1, args.tokens // length), length, args.heads, args.dim, args.device, dtype)
         failed = attempt(lambda name=name, what=what, sizes=sizes: {"case": case_of(name, what, sizes)})
         case = failed.pop("case", None)
         if case is None and not failed:
@@ -227,6 +239,7 @@ def beside_attention(args: argparse.Namespace, sheet: Sheet, clock: Clock) -> No
             if case is not None and case.settings:
                 row["settings"] = case.settings
             sheet.add({**row, **found, **over(sheet, row, found), "done": path == "ours"})
+            still_there(args.device)
 
 
 def over(sheet: Sheet, row: dict[str, Any], found: dict[str, Any]) -> dict[str, float]:
@@ -270,6 +283,7 @@ def beside_steps(args: argparse.Namespace, sheet: Sheet, clock: Clock) -> None:
         settings = settings_of(name, args.heads, args.heads * args.dim)
         found = attempt(lambda name=name: steps_of(name, args, watch))
         sheet.add({"mixer": name, **({"settings": settings} if settings else {}), **found})
+        still_there(args.device)
 
 
 def main() -> None:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import Clock, Sheet, Watch, attempt, here, run_whole
+from measuring import Clock, Sheet, Watch, attempt, here, run_whole, still_there
 from torch import Tensor, nn
 
 from vestige.core.registry import registry
@@ -115,6 +115,7 @@ def main() -> None:
                     if memory != OURS and "error" not in found and "error" not in base:
                         found |= {f"{kind}_over_vestige": found[f"{kind}_ms"] / base[f"{kind}_ms"] for kind in KINDS}
                     sheet.add({"memory": memory, **at, **found})
+                    still_there(args.device)
 
 
 if __name__ == "__main__":
