@@ -12,6 +12,8 @@ import torch
 from torch.nn import functional as F
 
 pytest.importorskip("triton")
+from vestige.layers.ops.local_linear import by_blocks
+from vestige.layers.ops.local_linear_triton import local_linear_cuda
 from vestige.layers.ops.recurrence import Drive, chunked
 from vestige.layers.ops.recurrence_triton import recurrence_cuda
 from vestige.layers.ops.softmax_scan import Pool, chunked_scan
@@ -135,4 +137,33 @@ def test_softmax_scan(dtype, length, dim, case):
         with_pool(lambda scores, values, pool: chunked_scan(scores, values, pool, valid=valid, starts=starts)),
         parts,
         MOST[dtype],
+    )
+
+
+@pytest.mark.parametrize(
+    ("length", "past", "dim", "width", "case"),
+    [(50, 0, 24, 40, "plain"), (33, 20, 16, 16, "padded"), (70, 0, 64, 32, "packed")],
+)
+def test_local_linear_attention(length, past, dim, width, case):
+    """Keys shared by heads, keys of before, padding, packed texts."""
+    torch.manual_seed(0)
+    batch, heads, groups, held = 2, 4, 2, length + past
+    parts = {
+        "query": torch.randn(batch, heads, length, dim),
+        "key": torch.randn(batch, groups, held, dim),
+        "value": torch.randn(batch, groups, held, width),
+    }
+    parts = {name: t.bfloat16().to(DEVICE) for name, t in parts.items()}
+    settings = {
+        "scaling": dim**-0.5,
+        "ridge": 5.0,
+        "iterations": 64,
+        "valid": torch.rand(batch, held).to(DEVICE) < 0.7 if case == "padded" else None,
+        "sequence": (torch.rand(batch, held) < 0.1).cumsum(1).to(DEVICE) if case == "packed" else None,
+    }
+    compare(
+        lambda **given: (local_linear_cuda(**given, **settings),),
+        lambda **given: (by_blocks(**given, **settings),),
+        parts,
+        MOST[torch.bfloat16],
     )

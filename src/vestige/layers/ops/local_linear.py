@@ -23,9 +23,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from vestige.layers.ops.recurrence import exact
+from vestige.layers.ops.recurrence import exact, has_kernels
 
-__all__ = ["local_linear_attention"]
+__all__ = ["by_blocks", "local_linear_attention"]
 
 
 def local_linear_attention(
@@ -43,7 +43,7 @@ def local_linear_attention(
     """The estimate of each query from the keys up to its own.
 
     The queries stand at the last ``length`` of the ``held`` keys; heads share keys in groups. All is computed in
-    float32 at least.
+    float32 at least; on CUDA, for bfloat16, sums are, and products are in its matrix units' form of it (11 bits).
 
     Args:
         scaling: of products of queries and keys, before the softmax.
@@ -52,8 +52,48 @@ def local_linear_attention(
             it needs no more than ``dim``.
         valid: keys that exist; a query always sees its own.
         sequence: number of the packed sequence of each key; none is seen from another.
-        chunk: queries that are worked on together.
+        chunk: queries that are worked on together, by the portable form.
     """
+    if has_kernels(query):
+        from vestige.layers.ops.local_linear_triton import local_linear_cuda, serves
+
+        if serves(query, value):
+            return local_linear_cuda(
+                query,
+                key,
+                value,
+                scaling=scaling,
+                ridge=ridge,
+                iterations=iterations,
+                valid=valid,
+                sequence=sequence,
+            )
+    return by_blocks(
+        query,
+        key,
+        value,
+        scaling=scaling,
+        ridge=ridge,
+        iterations=iterations,
+        valid=valid,
+        sequence=sequence,
+        chunk=chunk,
+    )
+
+
+def by_blocks(
+    query: Float[Tensor, "batch heads length dim"],
+    key: Float[Tensor, "batch kv held dim"],
+    value: Float[Tensor, "batch kv held width"],
+    *,
+    scaling: float,
+    ridge: float,
+    iterations: int = 64,
+    valid: Bool[Tensor, "batch held"] | None = None,
+    sequence: Int[Tensor, "batch held"] | None = None,
+    chunk: int = 64,
+) -> Float[Tensor, "batch heads length width"]:
+    """The same on any device; arguments and result as :func:`local_linear_attention`."""
     kind = exact(query)
     heads, length = query.shape[1:3]
     kv_heads, held = key.shape[1], key.shape[2]
