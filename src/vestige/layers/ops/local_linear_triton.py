@@ -264,9 +264,7 @@ def _of_keys(
             bent = tl.trans((share * (gained - gain - s)).to(kt.dtype))
             dv += tl.dot(rest, do, input_precision=PRECISION)
             dk += tl.dot(rest, y, input_precision=PRECISION)
-            dk += tl.dot(
-                tl.trans((share * (gained - gain - s)).to(kt.dtype)), z.to(kt.dtype), input_precision=PRECISION
-            )
+            dk += tl.dot(bent, z.to(kt.dtype), input_precision=PRECISION)
             dk += tl.dot(tl.trans((scaling * slopes).to(kt.dtype)), q, input_precision=PRECISION)
     _put(d_key, kv * held, cols, held, dims, dim, dk)
     _put(d_value, kv * held, cols, held, wide, width, dv)

@@ -337,8 +337,15 @@ def _lesson(rule: Rule, slow: Slow, feature: Features | None, page: Page, brain:
 def _answer(page: Page, brain: Brain, pairs: list[tuple[Tensor, Tensor]], index: int, z: Tensor) -> Tensor:
     """What a layer answers to each slot's input with the weights at that slot."""
     inputs, slope = pairs[index]
-    found = page.into[..., None] * (z @ brain.total[index]) - ((z @ inputs.mT) * page.within) @ slope
-    return found if page.carry is None else found + page.carry[..., None] * (z @ brain.surprise[index])
+    found = (page.into[..., None] * z) @ brain.total[index]
+    if page.carry is not None:
+        found = _plus(found, page.carry[..., None] * z, brain.surprise[index])
+    return _plus(found, (z @ inputs.mT) * page.within, slope, -1)
+
+
+def _plus(base: Tensor, left: Tensor, right: Tensor, factor: float = 1) -> Tensor:
+    """A product of matrices added to something, in one step."""
+    return torch.baddbmm(*(t.flatten(0, 1) for t in (base, left, right)), alpha=factor).unflatten(0, base.shape[:2])
 
 
 def _moved(rule: Rule, page: Page, brain: Brain, pairs: list[tuple[Tensor, Tensor]]) -> Brain:
@@ -348,13 +355,13 @@ def _moved(rule: Rule, page: Page, brain: Brain, pairs: list[tuple[Tensor, Tenso
     for index, (inputs, slope) in enumerate(pairs):
         held = brain.total[index] * left
         if not rule.muon:
-            held = held - inputs.mT @ (page.within[..., -1, :, None] * slope)
             if page.carry is not None:
-                held = held + page.carry[..., -1, None, None] * brain.surprise[index]
+                held = torch.addcmul(held, page.carry[..., -1, None, None], brain.surprise[index])
+            held = _plus(held, inputs.mT, page.within[..., -1, :, None] * slope, -1)
         total.append(held)
         if page.along is not None:
             old = page.along[..., -1, None, None] * brain.surprise[index]
-            surprise.append(old - inputs.mT @ (page.heap[..., -1, :, None] * slope))
+            surprise.append(_plus(old, inputs.mT, page.heap[..., -1, :, None] * slope, -1))
     due = None if brain.due is None else brain.due * page.into[..., -1] + page.take[..., -1, :].sum(-1)
     return Brain(total, brain.point, surprise, due)
 

@@ -8,7 +8,6 @@ by the slope in its output; so tokens need not be differentiated one by one, and
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -22,10 +21,12 @@ __all__ = ["Perceptron", "Tape"]
 
 @dataclass(frozen=True)
 class Tape:
-    """What a run leaves for its slopes: the input of each layer, and its output before the nonlinearity."""
+    """What a run leaves for its slopes: the input of each layer, its output before the nonlinearity, and, if the last
+    one is normalised, the mean and the inverse deviation of its channels."""
 
     inputs: list[Tensor]
     outputs: list[Tensor]
+    moments: list[Tensor]
 
 
 @dataclass(frozen=True)
@@ -64,12 +65,16 @@ class Perceptron:
             gain: of the norm.
             layer: the linear maps, by their number: here the weights come in, as matrices or otherwise.
         """
-        tape = Tape([], [])
+        tape = Tape([], [], [])
         for index in range(self.depth):
             tape.inputs.append(x)
             tape.outputs.append(layer(index, x))
             x = F.gelu(tape.outputs[-1]) if index < self.depth - 1 else tape.outputs[-1]
-        return (skip + gain * self._normed(x)[0] if self.residual else x), tape
+        if self.residual:
+            normed, *moments = torch.native_layer_norm(x, x.shape[-1:], None, None, self.eps)
+            tape.moments.extend(moments)
+            x = torch.addcmul(skip, gain, normed)
+        return x, tape
 
     def slopes(
         self,
@@ -80,25 +85,16 @@ class Perceptron:
     ) -> list[Float[Tensor, "... tokens outputs"]]:
         """Each layer's slope of the loss in its output, from the slope in the answer."""
         if self.residual:
-            slope = self._through_norm(slope * gain, tape.outputs[-1])
+            slope = _through_norm(slope * gain, tape.outputs[-1], tape.moments)
         found = [slope]
         for index in range(self.depth - 1, 0, -1):
-            slope = (slope @ weights[index].mT) * _gelu_slope(tape.outputs[index - 1])
+            slope = torch.ops.aten.gelu_backward(slope @ weights[index].mT, tape.outputs[index - 1])
             found.append(slope)
         return found[::-1]
 
-    def _normed(self, h: Tensor) -> tuple[Tensor, Tensor]:
-        """``h`` with mean 0 and variance 1 over its channels, and the inverse of its deviation."""
-        centred = h - h.mean(-1, keepdim=True)
-        inverse = torch.rsqrt(centred.square().mean(-1, keepdim=True) + self.eps)
-        return centred * inverse, inverse
 
-    def _through_norm(self, slope: Tensor, h: Tensor) -> Tensor:
-        normed, inverse = self._normed(h)
-        along = (slope * normed).mean(-1, keepdim=True)
-        return inverse * (slope - slope.mean(-1, keepdim=True) - normed * along)
-
-
-def _gelu_slope(x: Tensor) -> Tensor:
-    density = torch.exp(-0.5 * x.square()) / math.sqrt(2 * math.pi)
-    return 0.5 * (1 + torch.erf(x / math.sqrt(2))) + x * density
+def _through_norm(slope: Tensor, h: Tensor, moments: list[Tensor]) -> Tensor:
+    """The slope in what is normalised. One kernel, which PyTorch differentiates once more, as it does GELU's."""
+    mean, inverse = (t.detach() for t in moments)  # its derivative knows what they are of
+    which = [True, False, False]
+    return torch.ops.aten.native_layer_norm_backward(slope, h, h.shape[-1:], mean, inverse, None, None, which)[0]
