@@ -7,6 +7,10 @@ timed: ``eager_ms`` as a loop over tokens runs them, where a small step waits fo
 one captured CUDA graph, which is what its kernels take (the step is replayed from the same state; a step that cannot
 be captured leaves it out and says why). Nothing but keys and values is worked out of a context that mixers keep whole.
 
+Then a model of ``--blocks`` such layers and channel mixers decodes 1k tokens further, as ``generate`` does: plainly
+(``eager_ms``), and by ``replay_steps`` (``replay_ms``), which captures the steps of models that hold no more with every
+token.
+
 Mixers have their defaults, but for what a row names under ``settings``. Every row is kept as it comes; what is there is
 not measured again. A mixer that has not read a context after ``--cap`` seconds gets no rows beyond it, and one that
 says so; ``--minutes`` ends a run in time.
@@ -29,6 +33,7 @@ from measuring import (
     every_mixer,
     grows,
     here,
+    mixer_of,
     run_whole,
     settings_of,
     settle,
@@ -39,6 +44,7 @@ from torch import Tensor
 from vestige.layers.layout import Layout
 from vestige.layers.mixers.base import MixerLayer
 from vestige.layers.state import LayerState
+from vestige.models import VestigeConfig, VestigeLM
 
 PASS = 1024  # tokens that are read together, at most
 WINDOW = 256  # no default window is longer
@@ -128,7 +134,7 @@ def contexts(name: str, batch: int, args: argparse.Namespace, sheet: Sheet, cloc
             settle(args.device)
             if time.monotonic() - begun > args.cap or clock.over:
                 return {"error": f"{state.seen} tokens were read in {time.monotonic() - begun:.0f} s"}
-        which = {"mixer": name, "batch": batch, "context": context}
+        which = {"what": "layer", "mixer": name, "batch": batch, "context": context}
         if not sheet.has(**which):
             x = torch.randn(batch, 1, args.heads * args.dim, device=args.device, dtype=dtype)
             paused = time.monotonic()
@@ -138,6 +144,48 @@ def contexts(name: str, batch: int, args: argparse.Namespace, sheet: Sheet, cloc
     return {}
 
 
+def whole_model(name: str, batch: int, args: argparse.Namespace) -> dict[str, Any]:
+    """Milliseconds of a token of a model, plainly and replayed."""
+    size, dtype = args.heads * args.dim, torch.bfloat16 if args.device == "cuda" else torch.float32
+    config = VestigeConfig(
+        blocks=[mixer_of(name, args.heads, size)] * args.blocks,
+        hidden_size=size,
+        num_attention_heads=args.heads,
+        intermediate_size=2 * size,
+    )
+    model = VestigeLM(config).to(args.device, dtype).eval()
+    tokens = torch.randint(1, config.vocab_size, (batch, min(PASS, *args.contexts)), device=args.device)
+    start = model.new_state()
+    model(tokens, past_key_values=start, logits_to_keep=1)
+    found = {"state_bytes": start.nbytes}
+    for kind, on in (("eager_ms", False), ("replay_ms", True)):
+        model.replay_steps(on)
+        state, token = start.fork(), tokens[:, :1]
+        for _ in range(2):
+            settle(args.device)
+            begin = time.perf_counter()
+            for _ in range(args.steps):
+                token = model(token, past_key_values=state).logits[:, -1:].argmax(-1)
+            settle(args.device)
+            found[kind] = 1e3 * (time.perf_counter() - begin) / args.steps
+    return found
+
+
+def models(args: argparse.Namespace, sheet: Sheet, clock: Clock) -> None:
+    """Rows of whole models."""
+    for batch in args.batches:
+        for name in args.only or every_mixer():
+            which = {"what": "model", "mixer": name, "batch": batch, "blocks": args.blocks}
+            if clock.over:
+                return
+            if sheet.has(**which) or grows(name):
+                continue
+            with torch.inference_mode():
+                found = attempt(lambda name=name, batch=batch: whole_model(name, batch, args))
+            sheet.add({**which, **found})
+            still_there(args.device)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
@@ -145,6 +193,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=[], help="mixers, as blocks of a model are named")
     parser.add_argument("--contexts", type=int, nargs="+", default=[1024 << power for power in range(7)])
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--blocks", type=int, default=8, help="of the models")
     parser.add_argument("--heads", type=int, default=16)
     parser.add_argument("--dim", type=int, default=128, help="of a head")
     parser.add_argument("--steps", type=int, default=30, help="tokens that are timed")
@@ -159,7 +208,7 @@ def main() -> None:
     sheet, clock = Sheet(args.out, {**here(args.device, "triton", "fla-core"), **sizes}), Clock(args.minutes)
     for batch in args.batches:
         for name in args.only or every_mixer():
-            which = {"mixer": name, "batch": batch}
+            which = {"what": "layer", "mixer": name, "batch": batch}
             if clock.over:
                 return
             if sheet.has(**which, context=max(args.contexts)) or sheet.has(**which, context=None):
@@ -169,6 +218,7 @@ def main() -> None:
             if failed and not clock.over:
                 sheet.add({**which, "context": None, **failed})
                 still_there(args.device)
+    models(args, sheet, clock)
 
 
 if __name__ == "__main__":

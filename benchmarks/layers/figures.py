@@ -154,7 +154,7 @@ def recall_figure(rows: list[dict[str, Any]]) -> str:
 
 def decoding_figure(result: dict[str, Any], batch: int) -> str:
     """Time of a step and bytes held, against the context."""
-    rows = [row for row in result["rows"] if row["batch"] == batch and "error" not in row]
+    rows = [row for row in result["rows"] if (row["what"], row["batch"]) == ("layer", batch) and "error" not in row]
     steps: dict[str, list[Point]] = defaultdict(list)
     held: dict[str, list[Point]] = defaultdict(list)
     for row in rows:

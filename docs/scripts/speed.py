@@ -74,7 +74,7 @@ def against_steps() -> list[str]:
 
 def decoding() -> list[str]:
     """One row per mixer: a step's kernels and the whole of it, at the shortest and longest context, and bytes held."""
-    rows = [row for row in rows_of("decoding-h100") if row["batch"] == 1 and row["context"]]
+    rows = [row for row in rows_of("decoding-h100") if (row["what"], row["batch"]) == ("layer", 1) and row["context"]]
     if not rows:
         return []
     ends = (min(row["context"] for row in rows), max(row["context"] for row in rows))

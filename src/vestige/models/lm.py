@@ -8,7 +8,7 @@ Importing this module registers the model with ``AutoConfig`` and ``AutoModelFor
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Self
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -24,6 +24,7 @@ from vestige.layers.layout import Layout, check_boundaries, positions_of, starts
 from vestige.layers.norms import build_norm
 from vestige.models.blocks import BlockSpec
 from vestige.models.config import VestigeConfig
+from vestige.models.replay import Replay
 from vestige.models.state import VestigeState
 
 __all__ = ["VestigeBlock", "VestigeLM", "VestigeModel"]
@@ -240,11 +241,23 @@ class VestigeLM(VestigePreTrainedModel, GenerationMixin):
         self.model = VestigeModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.loss_type = "ForCausalLM"
+        self._replay: Replay | None = None
         self.post_init()
 
     def new_state(self) -> VestigeState:
         """An empty state, to be passed as ``past_key_values``."""
         return self.model.new_state()
+
+    def replay_steps(self, on: bool = True) -> Self:
+        """Decode single tokens by a captured CUDA graph from now on, ``generate`` included.
+
+        It serves models whose every block holds what it holds in tensors of one size, once windows are full; others,
+        as those with a ``softmax`` block, and anything but a plain step on CUDA run as before. The tensors of a state
+        that is decoded so are written over by the next token: :meth:`VestigeState.fork` makes a copy. Call it again
+        after modules of the model were exchanged; weights that change are seen.
+        """
+        self._replay = Replay() if on else None
+        return self
 
     def forward(
         self,
@@ -264,6 +277,14 @@ class VestigeLM(VestigePreTrainedModel, GenerationMixin):
             labels: the tokens themselves (they are shifted here); -100 is left out of the loss.
             logits_to_keep: of how many of the last tokens logits are worked out, 0 for all; or which.
         """
+        replay, state = self._replay, past_key_values
+        stream = kwargs.get("output_hidden_states") or self.config.output_hidden_states
+        plain = labels is None and use_cache is not False and not stream and input_ids is not None
+        if replay is not None and plain and isinstance(state, VestigeState):
+            state.check(self.model.signature, len(self.model.layers))
+            replayed = replay.step(self, input_ids, state, attention_mask, position_ids)
+            if replayed is not None:
+                return CausalLMOutputWithPast(logits=replayed, past_key_values=state)
         read = self.model(
             input_ids,
             attention_mask=attention_mask,
