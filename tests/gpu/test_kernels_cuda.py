@@ -12,12 +12,14 @@ import torch
 from torch.nn import functional as F
 
 pytest.importorskip("triton")
+from vestige.layers.ops.learning.update_triton import update_cuda
 from vestige.layers.ops.local_linear import by_blocks
 from vestige.layers.ops.local_linear_triton import local_linear_cuda
 from vestige.layers.ops.recurrence import Drive, chunked
 from vestige.layers.ops.recurrence_triton import recurrence_cuda
 from vestige.layers.ops.softmax_scan import Pool, chunked_scan
 from vestige.layers.ops.softmax_scan_triton import softmax_scan_cuda
+from vestige.models import VestigeConfig, VestigeLM
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -167,3 +169,55 @@ def test_local_linear_attention(length, past, dim, width, case):
         parts,
         MOST[torch.bfloat16],
     )
+
+
+@pytest.mark.parametrize(("tokens", "height", "width"), [(1, 16, 32), (50, 70, 24), (64, 32, 128)])
+def test_what_a_memory_holds_after_a_block(tokens, height, width):
+    torch.manual_seed(0)
+    memories = (2, 2)
+    shapes = {
+        "total": (height, width),
+        "surprise": (height, width),
+        "inputs": (tokens, height),
+        "slope": (tokens, width),
+    }
+    parts = {name: torch.randn(*memories, *shape) for name, shape in shapes.items()}
+    parts |= {name: torch.rand(memories) for name in ("left", "carry", "along")}
+    parts |= {name: torch.rand(*memories, tokens) for name in ("share", "heap")}
+    parts = {name: t.to(DEVICE) for name, t in parts.items()}
+
+    def kernel(left, carry, along, **rest):
+        return update_cuda(**rest, gates=(left, carry, along))
+
+    def plainly(total, surprise, inputs, slope, left, carry, along, share, heap):
+        left, carry, along = (t[..., None, None] for t in (left, carry, along))
+        held = left * total + carry * surprise - inputs.mT @ (share[..., None] * slope)
+        return held, along * surprise - inputs.mT @ (heap[..., None] * slope)
+
+    compare(kernel, plainly, parts, MOST[torch.float32])
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
+@pytest.mark.parametrize(
+    ("name", "compiled"),
+    [
+        *((name, False) for name in ("aaren", "gla", "sparse-state-expansion", "local-linear-attention", "titans")),
+        *((name, True) for name in ("aaren", "gla", "local-linear-attention")),
+    ],
+)
+def test_layers_take_the_kernels(name, compiled):
+    """A model's logits and gradients in half precision are near those in float64, compiled or not."""
+    torch.manual_seed(0)
+    config = VestigeConfig(blocks=name, num_hidden_layers=1, hidden_size=128, vocab_size=64)
+    exact = VestigeLM(config).to(DEVICE).double()
+    half = VestigeLM(config).to(DEVICE)
+    half.load_state_dict(exact.state_dict())
+    half = half.bfloat16()
+    text = torch.randint(2, 64, (2, 150), device=DEVICE)
+    run = torch.compile(half) if compiled else half
+    mine, due = (model(text, labels=text, use_cache=False) for model in (run, exact))
+    mine.loss.backward()
+    due.loss.backward()
+    assert (mine.logits.double() - due.logits).norm() < 0.05 * due.logits.norm()
+    here, there = (torch.cat([p.grad.flatten().double() for p in m.parameters()]) for m in (half, exact))
+    assert (here - there).norm() < 0.1 * there.norm()

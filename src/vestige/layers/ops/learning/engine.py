@@ -41,7 +41,7 @@ from vestige.layers.ops.learning.blocks import Blocks
 from vestige.layers.ops.learning.perceptron import Perceptron
 from vestige.layers.ops.learning.retentions import Retention
 from vestige.layers.ops.learning.steps import FeatureName, Features, newton_schulz
-from vestige.layers.ops.recurrence import FAINTEST, exact
+from vestige.layers.ops.recurrence import FAINTEST, exact, has_kernels
 
 __all__ = ["Brain", "Lesson", "Rule", "begin", "learn", "recall"]
 
@@ -353,6 +353,15 @@ def _moved(rule: Rule, page: Page, brain: Brain, pairs: list[tuple[Tensor, Tenso
     total, surprise = [], []
     left = page.into[..., -1, None, None]
     for index, (inputs, slope) in enumerate(pairs):
+        if page.carry is not None and page.along is not None and not rule.muon and _has_update(slope):
+            from vestige.layers.ops.learning.update_triton import update_cuda
+
+            gates = (page.into[..., -1], page.carry[..., -1], page.along[..., -1])
+            shares = (page.within[..., -1, :], page.heap[..., -1, :])
+            held, old = update_cuda(brain.total[index], brain.surprise[index], inputs, slope, gates, *shares)
+            total.append(held)
+            surprise.append(old)
+            continue
         held = brain.total[index] * left
         if not rule.muon:
             if page.carry is not None:
@@ -364,6 +373,11 @@ def _moved(rule: Rule, page: Page, brain: Brain, pairs: list[tuple[Tensor, Tenso
             surprise.append(_plus(old, inputs.mT, page.heap[..., -1, :, None] * slope, -1))
     due = None if brain.due is None else brain.due * page.into[..., -1] + page.take[..., -1, :].sum(-1)
     return Brain(total, brain.point, surprise, due)
+
+
+def _has_update(like: Tensor) -> bool:
+    """Whether a kernel works out what is held; a compiler makes its own of the lines that say the same."""
+    return has_kernels(like) and not torch.compiler.is_compiling()
 
 
 def _every(

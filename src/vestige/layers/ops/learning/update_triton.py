@@ -1,0 +1,152 @@
+r"""Triton form of what a layer of a memory holds after a block of tokens, with momentum, for CUDA.
+
+.. math:: A' = a A + c S - X^\top \operatorname{diag}(r) D, \qquad S' = e S - X^\top \operatorname{diag}(h) D .
+
+The weights are the large part of it, and each is read and written once, forward and backward. Products keep the digits
+of float32.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+__all__ = ["update_cuda"]
+
+SIDE = 64
+TOKENS = 32
+
+
+@triton.jit
+def _tile(tensor, start, rows, height, columns, width):
+    """Part of a matrix of which ``start`` come before, zero beyond its edges."""
+    inside = (rows < height)[:, None] & (columns < width)[None, :]
+    place = rows[:, None] * width + columns[None, :]
+    return tl.load(tensor + start * height * width + place, mask=inside, other=0.0)
+
+
+@triton.jit
+def _put(tensor, start, rows, height, columns, width, what):
+    inside = (rows < height)[:, None] & (columns < width)[None, :]
+    tl.store(tensor + start * height * width + rows[:, None] * width + columns[None, :], what, mask=inside)
+
+
+@triton.jit
+def _forward(
+    total, surprise, inputs, slope, gates, share, heap, new_total, new_surprise, memories, tokens, height, width,
+    TOKENS: tl.constexpr, SIDE: tl.constexpr,
+):  # fmt: skip
+    at = tl.program_id(0).to(tl.int64)
+    rows, columns = tl.program_id(1) * SIDE + tl.arange(0, SIDE), tl.program_id(2) * SIDE + tl.arange(0, SIDE)
+    a, s = _tile(total, at, rows, height, columns, width), _tile(surprise, at, rows, height, columns, width)
+    here = gates + at
+    a = tl.load(here) * a + tl.load(here + memories) * s
+    s = tl.load(here + 2 * memories) * s
+    for first in range(0, tokens, TOKENS):
+        token = first + tl.arange(0, TOKENS)
+        x = tl.trans(_tile(inputs, at, token, tokens, rows, height))
+        d = _tile(slope, at, token, tokens, columns, width)
+        r = tl.load(share + at * tokens + token, mask=token < tokens, other=0.0)
+        h = tl.load(heap + at * tokens + token, mask=token < tokens, other=0.0)
+        a -= tl.dot(x, r[:, None] * d, input_precision="tf32x3")
+        s -= tl.dot(x, h[:, None] * d, input_precision="tf32x3")
+    _put(new_total, at, rows, height, columns, width, a)
+    _put(new_surprise, at, rows, height, columns, width, s)
+
+
+@triton.jit
+def _backward(
+    total, surprise, gates, d_new_total, d_new_surprise, d_total, d_surprise, d_gates, memories, height, width,
+    SIDE: tl.constexpr,
+):  # fmt: skip
+    """Of the weights; each program leaves its part of the gates' slopes."""
+    at = tl.program_id(0).to(tl.int64)
+    rows, columns = tl.program_id(1) * SIDE + tl.arange(0, SIDE), tl.program_id(2) * SIDE + tl.arange(0, SIDE)
+    a, s = _tile(total, at, rows, height, columns, width), _tile(surprise, at, rows, height, columns, width)
+    da = _tile(d_new_total, at, rows, height, columns, width)
+    ds = _tile(d_new_surprise, at, rows, height, columns, width)
+    here = gates + at
+    _put(d_total, at, rows, height, columns, width, tl.load(here) * da)
+    both = tl.load(here + memories) * da + tl.load(here + 2 * memories) * ds
+    _put(d_surprise, at, rows, height, columns, width, both)
+    part = d_gates + (tl.program_id(1) * tl.num_programs(2) + tl.program_id(2)) * 3 * memories + at
+    tl.store(part, tl.sum(da * a))
+    tl.store(part + memories, tl.sum(da * s))
+    tl.store(part + 2 * memories, tl.sum(ds * s))
+
+
+class _Update(torch.autograd.Function):
+    """All with one leading dimension, of memories; ``gates`` are a, c, e: ``(3, memories)``."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        total: Tensor,
+        surprise: Tensor,
+        inputs: Tensor,
+        slope: Tensor,
+        gates: Tensor,
+        share: Tensor,
+        heap: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(total, surprise, inputs, slope, gates, share, heap)
+        new_total, new_surprise = torch.empty_like(total), torch.empty_like(surprise)
+        memories, tokens, _ = inputs.shape
+        _forward[(memories, *_sides(total))](
+            total, surprise, inputs, slope, gates, share, heap, new_total, new_surprise,
+            memories, tokens, *total.shape[1:], TOKENS=TOKENS, SIDE=SIDE, num_warps=4,
+        )  # fmt: skip
+        return new_total, new_surprise
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_new_total: Tensor, d_new_surprise: Tensor) -> Any:  # type: ignore[override]
+        total, surprise, inputs, slope, gates, share, heap = ctx.saved_tensors
+        d_new_total, d_new_surprise = d_new_total.contiguous(), d_new_surprise.contiguous()
+        d_total, d_surprise = torch.empty_like(total), torch.empty_like(surprise)
+        sides = _sides(total)
+        d_gates = gates.new_empty(sides[0] * sides[1], *gates.shape)
+        _backward[(len(total), *sides)](
+            total, surprise, gates, d_new_total, d_new_surprise, d_total, d_surprise, d_gates,
+            len(total), *total.shape[1:], SIDE=SIDE, num_warps=4,
+        )  # fmt: skip
+        by_share, by_heap = inputs @ d_new_total, inputs @ d_new_surprise
+        r, h = share[..., None], heap[..., None]
+        d_slope = torch.addcmul(r * by_share, h, by_heap).neg_()
+        d_inputs = torch.baddbmm((r * slope) @ d_new_total.mT, h * slope, d_new_surprise.mT, beta=-1, alpha=-1)
+        d_share, d_heap = (-(t * slope).sum(-1) for t in (by_share, by_heap))
+        return d_total, d_surprise, d_inputs, d_slope, d_gates.sum(0), d_share, d_heap
+
+
+def _sides(total: Tensor) -> tuple[int, int]:
+    """Over how many programs a memory's weights are spread."""
+    height, width = total.shape[1:]
+    return triton.cdiv(height, SIDE), triton.cdiv(width, SIDE)
+
+
+def update_cuda(
+    total: Tensor,
+    surprise: Tensor,
+    inputs: Tensor,
+    slope: Tensor,
+    gates: tuple[Tensor, Tensor, Tensor],
+    share: Tensor,
+    heap: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """What a layer holds after a block: the sum, and the surprise.
+
+    Args:
+        total, surprise: ``(batch, heads, inputs, outputs)`` A and S, before.
+        inputs, slope: ``(batch, heads, rows, ...)`` X, of the layer, and D, in its output.
+        gates: ``(batch, heads)`` each, of A in A, of S in A, and of S in S.
+        share, heap: ``(batch, heads, rows)`` r and h, how much of each row's slope is in A, and in S.
+    """
+    parts = [t.flatten(0, 1).contiguous() for t in (total, surprise, inputs, slope)]
+    weights = [t.flatten(0, 1).contiguous() for t in (share, heap)]
+    new = _Update.apply(*parts, torch.stack(gates).flatten(1), *weights)
+    return new[0].view_as(total), new[1].view_as(surprise)
