@@ -41,6 +41,7 @@ from measuring import (
 )
 from torch import Tensor
 
+from vestige.core.capture import captured
 from vestige.layers.layout import Layout
 from vestige.layers.mixers.base import MixerLayer
 from vestige.layers.state import LayerState
@@ -76,7 +77,7 @@ def eager(layer: MixerLayer, x: Tensor, start: LayerState, args: argparse.Namesp
     return 1e3 * spans[-1] / args.steps
 
 
-def captured(layer: MixerLayer, x: Tensor, start: LayerState) -> Callable[[], None]:
+def step_graph(layer: MixerLayer, x: Tensor, start: LayerState) -> Callable[[], None]:
     """The step from one state, as a graph that can be replayed."""
     layout = Layout.of(x.shape[0], 1, device=x.device, past=start.seen)
 
@@ -85,21 +86,12 @@ def captured(layer: MixerLayer, x: Tensor, start: LayerState) -> Callable[[], No
         state.tensors, state.seen = dict(start.tensors), start.seen
         layer(x, layout, state)
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    return graph.replay
+    return captured(step, x.device).replay
 
 
 def replayed(layer: MixerLayer, x: Tensor, start: LayerState, args: argparse.Namespace) -> dict[str, float]:
     """Milliseconds of a step's kernels."""
-    replay = captured(layer, x, start)
+    replay = step_graph(layer, x, start)
     for _ in range(3):
         replay()
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))

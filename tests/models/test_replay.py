@@ -15,7 +15,7 @@ def runs(monkeypatch):
     """Counts captures, on any device; tests/gpu has the graphs themselves."""
     captures, replays = [], []
 
-    def captured(run):
+    def captured(run, device):
         captures.append(run)
 
         def again():

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from vestige.context.cache import KeptCache
 from vestige.context.layer import EMPTY, KeptLayer
+from vestige.core.capture import captured
 
 if TYPE_CHECKING:
     from vestige.context.kept import Kept
@@ -226,19 +227,17 @@ class _GraphedStep:
                 table.length.fill_(1)
                 table.target.zero_()
 
+        def warm_up() -> None:
+            shrink()
+            run()
+            shrink()
+
+        def keep() -> None:
+            self.output = run()
+
         spoiled = [(flat, table.offset, flat[table.offset]) for table in tables for flat in table.entries()]
         with _made_fast(kept, batch, stand_in):
-            side = _side_stream(device)
-            side.wait_stream(torch.cuda.current_stream(device))
-            with torch.cuda.stream(side):
-                for _ in range(2):
-                    shrink()
-                    run()
-                shrink()
-            torch.cuda.current_stream(device).wait_stream(side)
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph, stream=side):
-                self.output = run()
+            self.graph = captured(keep, device, warm_up=warm_up)
         for flat, first_slots, entries in spoiled:
             flat[first_slots] = entries
         self._set_out(cache)
@@ -288,12 +287,6 @@ class _GraphedStep:
             spared = (positions < self.step.sinks) | (positions >= real - self.step.recent)
             rank = rank.masked_fill(spared, 3e38).masked_fill(positions == EMPTY, -1.0)
             table.target.copy_(rank.argmin(dim=2).flatten())
-
-
-@functools.cache
-def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    """The stream on which steps are captured: one for all, since each stream that multiplies has its own workspace."""
-    return torch.cuda.Stream(device)
 
 
 @contextlib.contextmanager

@@ -15,6 +15,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from vestige.core.capture import captured
+
 if TYPE_CHECKING:
     from vestige.models.lm import VestigeLM
     from vestige.models.state import VestigeState
@@ -22,7 +24,6 @@ if TYPE_CHECKING:
 __all__ = ["Replay"]
 
 Shapes = tuple[tuple[str, tuple[int, ...], torch.dtype], ...]
-WARM_UP = 3  # runs before the capture, in which kernels are compiled and chosen
 
 
 class Replay:
@@ -110,7 +111,7 @@ class _Step:
 
         if _shapes(after()[1]) != _shapes(state):
             return None
-        step.replay = _captured(once)
+        step.replay = _captured(once, step.input_ids.device)
         return step
 
     def run(self, input_ids: Tensor, position_ids: Tensor, state: VestigeState) -> Float[Tensor, "batch 1 vocabulary"]:
@@ -177,15 +178,5 @@ def _positions(input_ids: Tensor, attention_mask: Tensor | None, state: VestigeS
     return attention_mask.sum(1, keepdim=True) - 1
 
 
-def _captured(run: Callable[[], None]) -> Callable[[], None]:
-    """A graph of what a function does on the device."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(WARM_UP):
-            run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    return graph.replay
+def _captured(run: Callable[[], None], device: torch.device) -> Callable[[], None]:
+    return captured(run, device).replay
