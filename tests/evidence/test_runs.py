@@ -111,6 +111,26 @@ def test_learners_on_a_stream_go_on_where_they_were(tmp_path, capsys):
         run_retention({**spec, "out": str(tmp_path / "other"), "train": {"epochs": 3}})
 
 
+def test_what_is_learnt_beside_the_weights_is_kept(tmp_path):
+    from vestige.evidence.runs.models import build
+    from vestige.evidence.runs.spec import Model
+    from vestige.weights.retain.control_llm import Expansion
+
+    spec = {
+        "out": str(tmp_path / "out"),
+        "data": {"name": "digits", "limit": 40},
+        "experiences": [[0, 1], [2, 3]],
+        "model": {"new": SMALL_VIT},
+        "learners": ["control-llm"],
+        "train": {"max_steps": 1, "use_cpu": True},
+    }
+    run_retention(spec)
+    expansion = Expansion.load(tmp_path / "out" / "control-llm" / "learnt.safetensors")
+    model = build(Model(new=SMALL_VIT), examples(Data(name="digits", limit=40)), None)
+    with expansion.attach(model):
+        assert [part.index for part in expansion.besides] == [0]
+
+
 def read_spec_of(spec, folder):
     return {**spec, "out": str(folder / "out")}
 

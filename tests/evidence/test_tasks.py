@@ -292,6 +292,8 @@ def test_books_and_nouns_are_read_from_their_packages(tokenizer, tmp_path, monke
     nouns = [f"{n:08} {5 if n % 2 else 20} n 01 word{'abcdefghij'[n]} 0 000 | told" for n in range(10)]
     (tmp_path / "data.noun").write_text("  1 a licence\n" + "\n".join(nouns), encoding="utf-8")
     assert {label: len(found) for label, found in labelled.labelled("wordnet").items()} == {"plant": 5, "animal": 5}
+    assert text.read_source("wordnet")[0] == "worda: told"
+    assert any("import" in module for module in text.read_source("code"))
     text._stdlib.cache_clear()
     labelled._wordnet.cache_clear()
 

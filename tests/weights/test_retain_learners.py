@@ -13,7 +13,7 @@ from vestige.core.anatomy import Anatomy
 from vestige.errors import InputError, SpecError
 from vestige.weights.fisher import diagonal
 from vestige.weights.retain import Stream
-from vestige.weights.retain.adaptive_svd import project, ranks, within
+from vestige.weights.retain.adaptive_svd import Kept, ranks
 from vestige.weights.retain.buffer import Buffer
 from vestige.weights.retain.gere import margin_loss
 from vestige.weights.retain.session import Collate, Session
@@ -165,12 +165,19 @@ def test_ranks_and_projections():
     found = ranks({"a": 0.5, "b": 1.5}, {"a": 10, "b": 10}, least=0.1, most=0.5)
     assert found == {"a": 3, "b": 7}
     assert ranks({"a": 1.0, "b": 1.0}, {"a": 4, "b": 4}, least=0.0, most=1.0) == {"a": 3, "b": 3}
+
+
+@pytest.mark.parametrize("k", [1, 2, 3])
+@pytest.mark.parametrize("shape", [(6, 4), (4, 6), (4, 4)])
+def test_what_lies_in_kept_directions_is_taken_out_and_put_back(shape: tuple[int, int], k: int):
     torch.manual_seed(0)
-    W, G = torch.randn(2, 6, 4, dtype=torch.float64)
-    U, S, Vh = torch.linalg.svd(W, full_matrices=False)
-    U, S, V = U[:, :2], S[:2], Vh[:2].T
-    assert torch.allclose(U.T @ project(G, U, V) @ V, torch.zeros(2, 2, dtype=torch.float64), atol=1e-12)
-    assert torch.allclose(within(W + G, U, S, V), W + project(G, U, V), atol=1e-12)
+    W, G = torch.randn(2, *shape, dtype=torch.float64)
+    U, _, Vh = torch.linalg.svd(W)
+    P, Q = U[:, :k] @ U[:, :k].T, Vh[:k].T @ Vh[:k]
+    kept = Kept.of(W, k)
+    assert (kept.left.count, kept.right.count) == (k, k)
+    assert torch.allclose(kept.project(G), G - P @ G @ Q, atol=1e-12)
+    assert torch.allclose(kept.restore(W + G), W + G - P @ G @ Q, atol=1e-12)
 
 
 def test_fpf_names_the_modules_that_it_fine_tunes():

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,9 +14,30 @@ import pydantic
 from vestige.core.spec import did_you_mean
 from vestige.errors import InputError, SpecError
 
-__all__ = ["read_description", "write_whole"]
+__all__ = ["drafted", "read_description", "write_whole"]
 
 T = TypeVar("T", bound=pydantic.BaseModel)
+
+
+@contextmanager
+def drafted(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A file beside the one that is meant, which takes its place when the block ends; that one stays until then.
+
+    Raises:
+        OSError: it cannot be written; nothing is left behind.
+    """
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    os.close(handle)
+    draft = Path(name)
+    try:
+        yield draft
+        draft.chmod(0o644)  # a file made as a temporary one is its owner's alone
+        draft.replace(target)
+    except BaseException:
+        draft.unlink(missing_ok=True)
+        raise
 
 
 def write_whole(path: str | os.PathLike[str], content: str | bytes) -> Path:
@@ -27,19 +49,9 @@ def write_whole(path: str | os.PathLike[str], content: str | bytes) -> Path:
     Raises:
         OSError: it cannot be written; nothing is left behind.
     """
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    draft = Path(name)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-        draft.chmod(0o644)  # a file made as a temporary one is its owner's alone
-        draft.replace(target)
-    except BaseException:
-        draft.unlink(missing_ok=True)
-        raise
-    return target
+    with drafted(path) as draft:
+        draft.write_bytes(content.encode() if isinstance(content, str) else content)
+    return Path(path)
 
 
 def read_description(

@@ -62,8 +62,9 @@ def learn(
     frozen: float,
     from_start: bool,
     rows: int,
+    every: int,
 ) -> Weights:
-    """``rows`` is a saving: here every row is looked at."""
+    """``rows`` is a saving: here every row is looked at. After plain descent there is nothing to be put back."""
     found: list[dict[str, float]] = []
     for n, e in enumerate(experiences):
         kept: dict[str, tuple[Tensor, Tensor]] = {}

@@ -18,6 +18,7 @@ from vestige.evidence.runs.models import build, tokenizer_of
 from vestige.evidence.runs.sources import Examples, encoded, examples
 from vestige.evidence.runs.spec import Retaining, read_spec
 from vestige.weights.retain import ContinualRun, ContinualTrainer, Learner, Stream
+from vestige.weights.retain.checkpoint import write_tensors
 from vestige.weights.retain.padding import PadTokens
 
 if TYPE_CHECKING:
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
     from transformers import TrainingArguments
 
 __all__ = ["Retained", "arguments", "general_of", "run_retention", "stream_of"]
+
+LEARNT = "learnt.safetensors"
+"""In a learner's folder: what it learnt beside the model's own weights, if anything, with its spec."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +105,9 @@ def run_retention(
             model_name=spec.model.load or "new",
         )
         runs[label] = trainer.run(stream, resume=resume)
+        assert trainer.running is not None
+        if learnt := trainer.running.learnt():
+            write_tensors(folder / LEARNT, learnt, {"method": json.dumps(learner.spec())})
         tell(f"{label}: average {runs[label].average:.3f}, forgetting {runs[label].forgetting:.3f}")
     from vestige.evidence.report.retention_page import write_retention_report
 

@@ -36,7 +36,9 @@ class Perplexity(ContextTask):
     higher_is_better: ClassVar[bool] = False
 
     continuation: int = param(128, "tokens that are foreseen", ge=1)
-    source: str = param("python", "text: python, moby-dick, sotu, 'file:PATH', or 'dataset:PATH' of a saved data set")
+    source: str = param(
+        "python", "text: python, code, wordnet, moby-dick, sotu, 'file:PATH', or 'dataset:PATH' of a saved data set"
+    )
 
     def check(self) -> None:
         read_source(self.source)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -17,7 +18,7 @@ from vestige.weights.retain.learner import Learner, Running
 from vestige.weights.retain.session import Session, wide
 from vestige.weights.retain.stream import Experience
 
-__all__ = ["AdaptiveSVD", "importance", "project", "ranks", "within"]
+__all__ = ["AdaptiveSVD", "Kept", "Side", "importance", "ranks"]
 
 
 def importance(x: Tensor, y: Tensor) -> Tensor:
@@ -48,32 +49,97 @@ def ranks(scores: Mapping[str, float], sizes: Mapping[str, int], least: float, m
     return found
 
 
-def project(gradient: Tensor, U: Tensor, V: Tensor) -> Tensor:
-    """G - U U^T G V V^T: without what lies in the kept directions.
+@dataclass(frozen=True)
+class Side:
+    """Directions of one side of a matrix, of which k are kept.
 
-    Args:
-        gradient: (out, in).
-        U, V: (out, k) and (in, k).
+    Attributes:
+        basis: those kept (size, k); or those that are left (size, size - k), where they are fewer.
+        free: whether it holds those that are left.
     """
-    return gradient - U @ (U.T @ gradient @ V) @ V.T
+
+    basis: Tensor
+    free: bool
+
+    @classmethod
+    def of(cls, directions: Tensor, k: int) -> Side:
+        """The first k of the directions (size, n); those that are left are known where n is the size."""
+        size, known = directions.shape
+        free = known == size and size - k < k
+        held = directions[:, k:] if free else directions[:, :k]
+        # Laid out as files give it back, a single column too, so that a run that is taken up goes on bit for bit.
+        return cls(held.clone(memory_format=torch.contiguous_format), free)
+
+    @property
+    def count(self) -> int:
+        """k."""
+        size, held = self.basis.shape
+        return size - held if self.free else held
+
+    def columns(self, x: Tensor) -> Tensor:
+        """What of the columns of x (size, any) lies in the kept directions."""
+        inside = self.basis.T @ x
+        return torch.addmm(x, self.basis, inside, alpha=-1) if self.free else self.basis @ inside
+
+    def rows(self, x: Tensor) -> Tensor:
+        """The same of the rows of x (any, size)."""
+        inside = x @ self.basis
+        return torch.addmm(x, inside, self.basis.T, alpha=-1) if self.free else inside @ self.basis.T
 
 
-def within(weight: Tensor, U: Tensor, S: Tensor, V: Tensor) -> Tensor:
-    """The weight whose part in the kept directions is what it was: W - U (U^T W V - diag(S)) V^T.
+@dataclass(frozen=True)
+class Kept:
+    """The kept directions of a matrix W, and what W is there.
 
-    Exact whatever the optimizer did to W, its decay and its moments included.
+    The part of a matrix X in them is P X Q, with the projections P = U U^T and Q = V V^T. It is worked out in as few
+    and as narrow products as there are: on the side whose kept directions are held, X is brought down to these first.
 
-    Args:
-        weight: (out, in).
-        U, S, V: (out, k), (k,), (in, k), of the decomposition at the start of the experience.
+    Attributes:
+        left, right: sides of outputs and of inputs.
+        start: W brought down.
     """
-    return weight - U @ (U.T @ weight @ V - torch.diag(S)) @ V.T
+
+    left: Side
+    right: Side
+    start: Tensor
+
+    @classmethod
+    def of(cls, W: Tensor, k: int) -> Kept:
+        """The k largest singular directions of W (out, in)."""
+        U, _, Vh = torch.linalg.svd(W, full_matrices=False)
+        found = cls(Side.of(U, k), Side.of(Vh.T, k), W)
+        return replace(found, start=found.down(W).clone(memory_format=torch.contiguous_format))
+
+    def down(self, X: Tensor) -> Tensor:
+        """P X V (out, k), U^T X Q (k, in), or P X Q (out, in): the first that needs no wide product."""
+        if not self.right.free:
+            return self.left.columns(X @ self.right.basis)
+        if not self.left.free:
+            return self.right.rows(self.left.basis.T @ X)
+        return self.left.columns(self.right.rows(X))
+
+    def without(self, X: Tensor, Y: Tensor) -> Tensor:
+        """X less what was brought down to Y (out, in)."""
+        if not self.right.free:
+            return torch.addmm(X, Y, self.right.basis.T, alpha=-1)
+        return X - Y if self.left.free else torch.addmm(X, self.left.basis, Y, alpha=-1)
+
+    def project(self, gradient: Tensor) -> Tensor:
+        """G - P G Q: without what lies in the kept directions (out, in)."""
+        return self.without(gradient, self.down(gradient))
+
+    def restore(self, weight: Tensor) -> Tensor:
+        """The weight whose part in the kept directions is what it was: W - P (W - W*) Q (out, in).
+
+        Exact whatever the optimizer did to W, its decay and its moments included.
+        """
+        return self.without(weight, self.down(weight) - self.start)
 
 
 class _AdaptiveSVD(Running):
     def __init__(self, learner: Any) -> None:
         super().__init__(learner)
-        self.kept: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
+        self.kept: dict[str, Kept] = {}
         self.scores: dict[str, float] = {}
 
     def start(self, session: Session) -> None:
@@ -108,10 +174,8 @@ class _AdaptiveSVD(Running):
         else:
             count = ranks(self.scores, sizes, self.learner.least, self.learner.most)
         for name, module in self.targets.items():
-            U, S, Vh = torch.linalg.svd(wide(module.weight.detach()), full_matrices=False)
-            k = count[name]
-            if k:
-                self.kept[name] = U[:, :k].contiguous(), S[:k].contiguous(), Vh[:k].T.contiguous()
+            if count[name]:
+                self.kept[name] = Kept.of(wide(module.weight.detach()), count[name])
 
     def _measure(self, session: Session, experience: Experience) -> dict[str, float]:
         """Importance of each matrix on some rows of an experience."""
@@ -138,46 +202,61 @@ class _AdaptiveSVD(Running):
 
     @torch.no_grad()
     def gradients(self, session: Session) -> None:
-        for name, (U, _, V) in self.kept.items():
+        for name, kept in self.kept.items():
             gradient = self.targets[name].weight.grad
             if gradient is not None:
-                gradient.copy_(project(wide(gradient), U, V))
+                gradient.copy_(kept.project(wide(gradient)))
+
+    def stepped(self, session: Session) -> None:
+        if not (session.step + 1) % self.learner.every:
+            self._restore()
 
     @torch.no_grad()
-    def stepped(self, session: Session) -> None:
-        for name, (U, S, V) in self.kept.items():
+    def _restore(self) -> None:
+        for name, kept in self.kept.items():
             weight = self.targets[name].weight
-            weight.copy_(within(wide(weight), U, S, V))
+            weight.copy_(kept.restore(wide(weight)))
 
     def after(self, session: Session, experience: Experience) -> None:
+        self._restore()
         now = self._measure(session, experience)
         n = experience.index
         # The mean over all experiences so far, from their own data, none of which is kept.
         self.scores = {name: (self.scores.get(name, 0.0) * n + score) / (n + 1) for name, score in now.items()}
 
     def tensors(self) -> dict[str, Tensor]:
-        parts = {f"{kind}:{name}": t for name, kept in self.kept.items() for kind, t in zip("USV", kept, strict=True)}
+        parts = {f"start:{name}": kept.start for name, kept in self.kept.items()}
+        for name, kept in self.kept.items():
+            for side in ("left", "right"):
+                held: Side = getattr(kept, side)
+                parts[f"{side}-{'free' if held.free else 'kept'}:{name}"] = held.basis
         order = [self.scores.get(name, 0.0) for name in sorted(self.targets)] if self.scores else []
         return {**parts, "importance": torch.tensor(order, dtype=torch.float64)}
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         order = tensors["importance"].tolist()
         self.scores = dict(zip(sorted(self.targets), order, strict=True)) if order else {}
-        names = [name.removeprefix("U:") for name in tensors if name.startswith("U:")]
-        self.kept = {name: tuple(tensors[f"{kind}:{name}"] for kind in "USV") for name in names}  # type: ignore[misc]
+
+        def side(of: str, name: str) -> Side:
+            free = f"{of}-free:{name}" in tensors
+            return Side(tensors[f"{of}-{'free' if free else 'kept'}:{name}"], free)
+
+        names = [name.removeprefix("start:") for name in tensors if name.startswith("start:")]
+        self.kept = {n: Kept(side("left", n), side("right", n), tensors[f"start:{n}"]) for n in names}
 
     def report(self) -> dict[str, Any]:
-        return {"importance": self.scores, "kept": {name: len(S) for name, (_, S, _) in self.kept.items()}}
+        return {"importance": self.scores, "kept": {name: kept.left.count for name, kept in self.kept.items()}}
 
 
 class AdaptiveSVD(Learner):
     """Keep the largest singular directions of every matrix, and learn in the others only.
 
     Before each experience every matrix of attention and feed-forward is decomposed. The gradient loses what lies in
-    the kept directions, and after each update the weight's part there is put back, so that the constraint
-    U^T (W - W*) V = 0 holds exactly under any optimizer. How many directions stay depends on how much a layer changes
-    its input: the cosine between a layer's inputs and outputs, on the data of earlier experiences, as they are learnt.
-    No parameters are added. The output layer and the embeddings are free.
+    the kept directions. What an optimizer with moments or decay moves there all the same is put back every few
+    updates, and at the end, so that after each experience U^T (W - W*) V = 0 holds exactly under any of them. How many
+    directions stay depends on how much a layer changes its input: the cosine between a layer's inputs and outputs, on
+    the data of earlier experiences, as they are learnt. No parameters are added. The output layer and the embeddings
+    are free.
     """
 
     name = "adaptive-svd"
@@ -193,6 +272,7 @@ class AdaptiveSVD(Learner):
     most: float = param(0.8, "share kept in a layer of mean importance", ge=0, le=1)
     frozen: float = param(0.0, "the same share for all layers instead; 0: by importance", ge=0, lt=1)
     from_start: bool = param(False, "keep directions of the weights that the model came with")
+    every: int = param(4, "updates after which the kept parts of weights are put back", ge=1)
     rows: int = param(256, "rows of each experience that importance is measured on", ge=1)
 
     owns: ClassVar[frozenset[str]] = frozenset({"weights"})

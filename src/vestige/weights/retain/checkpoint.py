@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from vestige.core.files import drafted, write_whole
 from vestige.errors import InputError, SpecError
 
 if TYPE_CHECKING:
@@ -75,7 +76,8 @@ class Checkpoints:
         """The learner's state of a checkpoint; the generator goes on from there."""
         tensors = load_file(place / STATE)
         session.generator.set_state(tensors.pop(GENERATOR))
-        return {name: tensor.to(session.device) for name, tensor in tensors.items()}
+        # Copied, as where tensors begin in a file's memory changes the last bits of some products.
+        return {name: tensor.to(session.device, copy=True) for name, tensor in tensors.items()}
 
     def put_weights(self, place: Path, session: Session) -> None:
         place.mkdir(parents=True, exist_ok=True)
@@ -110,9 +112,7 @@ class Checkpoints:
         running.load(self.state(place, session))
 
     def _write(self, content: dict[str, Any]) -> None:
-        draft = self.root / f".{STREAM}.{os.getpid()}"
-        draft.write_text(json.dumps(content))
-        draft.replace(self.root / STREAM)
+        write_whole(self.root / STREAM, json.dumps(content))
 
 
 def _weights(session: Session) -> dict[str, Tensor]:
@@ -132,13 +132,8 @@ def write_tensors(
         tensors: by name.
         about: what else the file says.
     """
-    target = Path(path)
-    draft = target.with_name(f".{target.name}.{os.getpid()}")
-    try:
+    with drafted(path) as draft:
         save_file({n: t.detach().cpu().contiguous().clone() for n, t in tensors.items()}, draft, about)
-        draft.replace(target)
-    finally:
-        draft.unlink(missing_ok=True)
 
 
 def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
