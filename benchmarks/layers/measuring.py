@@ -67,11 +67,11 @@ class Watch:
             spans.append(self._once(function))
         return 1e3 * statistics.median(spans)
 
-    def both(self, function: Callable[[], Tensor], leaves: list[Tensor]) -> dict[str, float]:
-        """The forward pass; forward and backward together; and on CUDA the bytes that these take at their peak."""
+    def both(self, function: Callable[[], Tensor], leaves: list[Tensor]) -> dict[str, Any]:
+        """The forward pass; forward and backward together, or why not; and on CUDA the bytes of these at their peak."""
 
         with torch.no_grad():
-            found = {"forward_ms": self(function)}
+            found: dict[str, Any] = {"forward_ms": self(function)}
             slope = torch.ones_like(function())
 
         def there_and_back() -> None:
@@ -79,7 +79,10 @@ class Watch:
 
         if self.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        found["both_ms"] = self(there_and_back)
+        backward = attempt(lambda: {"both_ms": self(there_and_back)})
+        if "error" in backward:
+            return {**found, "both_ms": None, "both_error": backward["error"]}
+        found |= backward
         if self.device == "cuda":
             found["peak_bytes"] = torch.cuda.max_memory_allocated()
         return found

@@ -112,8 +112,9 @@ def main() -> None:
 
                     found = attempt(measure)
                     base = next((r for r in sheet.rows if all(r[k] == v for k, v in at.items())), {})
-                    if memory != OURS and "error" not in found and "error" not in base:
-                        found |= {f"{kind}_over_vestige": found[f"{kind}_ms"] / base[f"{kind}_ms"] for kind in KINDS}
+                    if memory != OURS:
+                        kinds = [kind for kind in KINDS if found.get(f"{kind}_ms") and base.get(f"{kind}_ms")]
+                        found |= {f"{kind}_over_vestige": found[f"{kind}_ms"] / base[f"{kind}_ms"] for kind in kinds}
                     sheet.add({"memory": memory, **at, **found})
                     still_there(args.device)
 

@@ -33,7 +33,8 @@ def pair(row: dict[str, Any] | None) -> str:
         return ""
     if "error" in row:
         return row["error"].split(":")[0]
-    return f"{digits(row['forward_ms'])} / {digits(row['both_ms'])}"
+    both = row.get("both_error", digits(row["both_ms"])).split(":")[0]
+    return f"{digits(row['forward_ms'])} / {both}"
 
 
 def against_attention() -> list[str]:
