@@ -6,6 +6,7 @@ Run by hand where there are new results: ``python docs/scripts/weights.py``. A t
 from __future__ import annotations
 
 import json
+import math
 from collections import defaultdict
 from pathlib import Path
 from statistics import mean
@@ -14,13 +15,23 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS, PAGE = ROOT / "benchmarks" / "weights", ROOT / "docs" / "weights.md"
 STREAMS = {"digits": "Split digits", "fashion-mnist": "Split Fashion-MNIST"}
-TASKS = {"class": "one class", "random": "a hundred rows at random"}
+LANGUAGE = {
+    "domains": ("Texts of one kind after the other", "perplexity at the end", lambda score: f"{math.exp(-score):.1f}"),
+    "facts": (
+        "Facts, property by property",
+        "likelihood of a token at the end",
+        lambda score: f"{math.exp(score):.2f}",
+    ),
+}
+DATA = {"digits": "digits", "fashion-mnist": "Fashion-MNIST", "facts": "SmolLM2"}
+TASKS = {"class": "one class", "random": "a hundred rows at random", "elements": "twelve chemical elements"}
+OVERHEAD = {"overhead": "CPU", "overhead-cuda": "GPU"}
 NEAR = 0.1  # of the model trained again: as the certificate of erasers asks for
 
 
-def rows_of(kind: str, name: str) -> list[dict[str, Any]]:
+def rows_of(*name: str) -> list[dict[str, Any]]:
     """The rows of a result; none where it was not run."""
-    place = RESULTS / f"{kind}-{name}.json"
+    place = RESULTS / f"{'-'.join(name)}.json"
     return json.loads(place.read_text())["rows"] if place.is_file() else []
 
 
@@ -39,34 +50,96 @@ def held(count: float) -> str:
     return f"{count:.0f} GB"
 
 
-def retain_table(stream: str) -> list[str]:
-    """One row per learner, those first that know most at the end."""
-    by_learner: dict[str, list[dict[str, Any]]] = defaultdict(list)
+def learners(stream: str) -> tuple[dict[str, list[dict[str, Any]]], list[str]]:
+    """The rows of each learner, those first that know most at the end, and a line on those that were left out."""
+    found: dict[str, list[dict[str, Any]]] = defaultdict(list)
     left_out = {}
     for row in rows_of("retain", stream):
         if "left_out" in row:
             left_out[row["learner"]] = row["left_out"]
         else:
-            by_learner[row["learner"]].append(row)
-    plain = {row["seed"]: row["average"] for row in by_learner["finetune"]}
+            found[row["learner"]].append(row)
+    order = sorted(found.items(), key=lambda pair: -mean(r["average"] for r in pair[1]))
+    why = "; ".join(f"`{name}` ({reason})" for name, reason in left_out.items())
+    return dict(order), ["", f"Not on this stream: {why}."] if left_out else []
+
+
+def against(name: str, rows: list[dict[str, Any]], plain: dict[int, float]) -> str:
+    """On how many seeds more is known at the end than after fine-tuning."""
+    better = sum(row["average"] > plain[row["seed"]] for row in rows if row["seed"] in plain)
+    return "" if name in ("finetune", "joint") else f"above fine-tuning: {better} of {len(rows)} seeds"
+
+
+def kept(rows: list[dict[str, Any]]) -> str:
+    """The bytes that a learner held."""
+    return held(mean(row["replay_bytes"] + row["state_bytes"] for row in rows))
+
+
+def retain_table(stream: str) -> list[str]:
+    """One row per learner of pictures."""
+    found, notes = learners(stream)
+    plain = {row["seed"]: row["average"] for row in found["finetune"]}
     head = ["| learner | at the end | forgetting | just after learning | what was known before | held | verdict |"]
     head.append("|---|---|---|---|---|---|---|")
     lines = []
-    for name, rows in sorted(by_learner.items(), key=lambda pair: -mean(r["average"] for r in pair[1])):
-        better = sum(row["average"] > plain[row["seed"]] for row in rows)
-        verdict = "" if name in ("finetune", "joint") else f"above fine-tuning: {better} of {len(rows)} seeds"
+    for name, rows in found.items():
         cells = [
             f"`{name}`",
             spread([row["average"] for row in rows]),
             spread([row["forgetting"] for row in rows]),
             f"{mean(row['plasticity'] for row in rows):.2f}",
             f"{mean(row['general_kept'] for row in rows):+.2f}",
-            held(mean(row["replay_bytes"] + row["state_bytes"] for row in rows)),
-            verdict,
+            kept(rows),
+            against(name, rows, plain),
         ]
         lines.append(f"| {' | '.join(cells)} |")
-    notes = [f"Not on this stream: {'; '.join(f'`{n}` ({why})' for n, why in left_out.items())}."] if left_out else []
-    return [f"**{STREAMS[stream]}**", "", *head, *lines, *([""] if notes else []), *notes]
+    return [f"**{STREAMS[stream]}**", "", *head, *lines, *notes]
+
+
+def language_table(stream: str) -> list[str]:
+    """One row per learner of a language model; the model before, first."""
+    found, notes = learners(stream)
+    title, unit, said = LANGUAGE[stream]
+    first = found["finetune"]
+    plain = {row["seed"]: row["average"] for row in first}
+    names = first[0]["names"]
+    head = [f"| learner | {' | '.join(names)} | all, in nats | forgotten, in nats | a novel | held | verdict |"]
+    head.append("|" + "---|" * (len(names) + 6))
+
+    def line(name: str, scores: list[list[float]], general: list[float], cells: list[str]) -> str:
+        each = [said(mean(column)) for column in zip(*scores, strict=True)]
+        novel = f"{math.exp(-mean(general)):.1f}"
+        return f"| {' | '.join([name, *each, *cells[:2], novel, *cells[2:]])} |"
+
+    before = [row["untrained"] for row in first]
+    alone = [spread([mean(scores) for scores in before]), "", "", ""]
+    lines = [line("*before*", before, [row["general"][0] for row in first], alone)]
+    for name, rows in found.items():
+        cells = [spread([row["average"] for row in rows]), spread([row["forgetting"] for row in rows])]
+        cells += [kept(rows), against(name, rows, plain)]
+        lines.append(
+            line(f"`{name}`", [row["matrix"][-1] for row in rows], [row["general"][-1] for row in rows], cells)
+        )
+    seeds = len({row["seed"] for row in first})
+    about = f"**{title}** ({unit} at the end; of the novel always perplexity; {seeds} seed{'s' if seeds > 1 else ''})"
+    return [about, "", *head, *lines, *notes]
+
+
+def overhead_table() -> list[str]:
+    """What learners add to a step, where it was measured; those first that add least on a CPU."""
+    found = {name: {row["learner"]: row for row in rows_of(name) if "overhead" in row} for name in OVERHEAD}
+    places = [name for name, rows in found.items() if rows]
+    if not places:
+        return []
+    names = sorted(found[places[0]], key=lambda learner: found[places[0]][learner]["overhead"])
+    head = [f"| learner | forward passes | {' | '.join(f'a step, {OVERHEAD[place]}' for place in places)} |"]
+    head.append("|" + "---|" * (len(places) + 2))
+    lines = []
+    for name in names:
+        rows = [found[place].get(name) for place in places]
+        cells = ["" if row is None else f"{row['overhead']:+.0%}" for row in rows]
+        lines.append(f"| `{name}` | {found[places[0]][name]['forward_passes']:.2g} | {' | '.join(cells)} |")
+    return [*head, *lines]
 
 
 def erase_table(data: str, task: str) -> list[str]:
@@ -77,51 +150,77 @@ def erase_table(data: str, task: str) -> list[str]:
             by_eraser[row["eraser"]].append(row["measures"])
     if not by_eraser:
         return []
-    head = ["| eraser | to forget | to keep | never seen | unseen, alike | membership | steps to relearn | verdict |"]
-    head.append("|---|---|---|---|---|---|---|---|")
-    some = next(iter(by_eraser.values()))
+    shown = SHOWN["facts" if data == "facts" else "pictures"]
+    head = [f"| eraser | {' | '.join(shown.values())} | steps to relearn | verdict |"]
+    head.append("|" + "---|" * (len(shown) + 3))
+    some = max(by_eraser.values(), key=len)
     lines = [
-        _erased(f"`{name}`", measures, "erased", verdict(measures))
-        for name, measures in sorted(by_eraser.items(), key=lambda pair: gap(pair[1]))
+        _erased(f"`{name}`", measures, "erased", shown, verdict(measures))
+        for name, measures in sorted(by_eraser.items(), key=lambda pair: gap(pair[1], shown))
     ]
-    lines += [_erased(f"*{name}*", some, name, "") for name in ("retrained", "before")]
-    return [f"**To forget: {TASKS[task]}** ({STREAMS[data].removeprefix('Split ')})", "", *head, *lines]
+    lines += [_erased(f"*{name}*", some, name, shown, "") for name in ("retrained", "before")]
+    return [f"**To forget: {TASKS[task]}** ({DATA[data]})", "", *head, *lines]
 
 
-SHOWN = ("forget accuracy", "retain accuracy", "unseen others accuracy", "unseen accuracy", "membership by loss")
+# What a table shows, by its name in an audit, and what its column is called.
+SHOWN = {
+    "pictures": {
+        "forget accuracy": "to forget",
+        "retain accuracy": "to keep",
+        "unseen others accuracy": "never seen",
+        "unseen accuracy": "unseen, alike",
+        "membership by loss": "membership",
+    },
+    "facts": {
+        "forget accuracy": "to forget",
+        "paraphrases accuracy": "in other words",
+        "retain accuracy": "to keep",
+        "unseen accuracy": "never seen",
+        "membership by loss": "membership",
+    },
+}
+KEPT = ("retain accuracy", "unseen others accuracy")
 
 
-def _erased(name: str, measures: list[dict[str, Any]], which: str, says: str) -> str:
-    cells = [spread([m[shown][which] for m in measures]) for shown in SHOWN]
+def _erased(name: str, measures: list[dict[str, Any]], which: str, shown: dict[str, str], says: str) -> str:
+    cells = [spread([m[each][which] for m in measures]) for each in shown]
     steps = [m["steps to relearn"][which] for m in measures]
     cells.append(", ".join("none" if step is None else f"{step:.0f}" for step in steps))
     return f"| {' | '.join([name, *cells, says])} |"
 
 
-def gap(measures: list[dict[str, Any]]) -> float:
+def gap(measures: list[dict[str, Any]], shown: dict[str, str]) -> float:
     """The mean distance from the model trained again, over what the table shows."""
-    return mean(abs(m[shown]["erased"] - m[shown]["retrained"]) for m in measures for shown in SHOWN)
+    return mean(abs(m[each]["erased"] - m[each]["retrained"]) for m in measures for each in shown)
 
 
 def verdict(measures: list[dict[str, Any]]) -> str:
     """In words, whether on every seed it is within a tenth of the model trained again."""
-    known = sum(m["forget accuracy"]["erased"] > m["forget accuracy"]["retrained"] + NEAR for m in measures)
-    under = sum(m["forget accuracy"]["erased"] < m["forget accuracy"]["retrained"] - NEAR for m in measures)
-    lost = sum(
-        any(m[kept]["erased"] < m[kept]["retrained"] - NEAR for kept in ("retain accuracy", "unseen others accuracy"))
-        for m in measures
-    )
-    said = {"still known": known, "forgotten more than by training again": under, "others lost": lost}
+
+    def above(m: dict[str, Any], name: str, sign: int) -> bool:
+        return name in m and sign * (m[name]["erased"] - m[name]["retrained"]) > NEAR
+
+    said = {
+        "still known": sum(above(m, "forget accuracy", 1) for m in measures),
+        "still known in other words": sum(above(m, "paraphrases accuracy", 1) for m in measures),
+        "forgotten more than by training again": sum(above(m, "forget accuracy", -1) for m in measures),
+        "others lost": sum(any(above(m, name, -1) for name in KEPT) for m in measures),
+    }
     found = [f"{what} ({count} of {len(measures)})" for what, count in said.items() if count]
     return "; ".join(found) or "as trained again"
 
 
 def tables() -> dict[str, list[str]]:
     """What stands between the marks of the page."""
-    retain = [retain_table(stream) for stream in STREAMS if rows_of("retain", stream)]
-    erase = [erase_table(data, task) for data in STREAMS if rows_of("erase", data) for task in TASKS]
-    found = {"retain": retain, "erase": [part for part in erase if part]}
-    return {name: _joined(parts) for name, parts in found.items() if parts}
+    found = {
+        "retain": [retain_table(stream) for stream in STREAMS if rows_of("retain", stream)],
+        "language": [language_table(stream) for stream in LANGUAGE if rows_of("retain", stream)],
+        "erase": [erase_table(data, task) for data in STREAMS if rows_of("erase", data) for task in TASKS],
+        "facts": [erase_table("facts", "elements")],
+        "overhead": [overhead_table()],
+    }
+    kept = {name: [part for part in parts if part] for name, parts in found.items()}
+    return {name: _joined(parts) for name, parts in kept.items() if parts}
 
 
 def _joined(parts: list[list[str]]) -> list[str]:
