@@ -3,9 +3,9 @@
     python benchmarks/context/overhead.py --out benchmarks/context/overhead.json
 
 SmolLM2 in float32. Two figures for each policy, both as a ratio to the model alone at the same context: a step at 1,024
-tokens, and one at 4,096 tokens, each with a budget of 512. Prompts are read in chunks, entries dropped as they go. All
-policies take turns, a few steps each, several rounds, so that what else the machine does falls on all alike; the median
-counts.
+tokens, and one at 4,096 tokens, each with a budget of 512. Prompts are read in chunks, entries dropped as they go. The
+policy and the model alone take turns, a few steps each, several rounds, so that what else the machine does falls on
+both alike; the medians count.
 """
 
 from __future__ import annotations
@@ -34,7 +34,6 @@ from vestige.evidence.budgets import at
 from vestige.evidence.data.text import passages
 
 BUDGET, CHUNK, STEPS = 512, 512, 6
-ALONE = "the model alone"
 NARROW = {"sinks": 4, "recent": 252}  # what heads that look near keep, where a plan goes by windows
 
 
@@ -93,46 +92,73 @@ class Turn:
         self._attached(steps)
 
 
+class Table:
+    """The rows that were measured, kept as they come; an interrupted run goes on where it was."""
+
+    def __init__(self, path: Path, threads: int) -> None:
+        facts = {
+            "model": "smollm2, float32",
+            "budget": BUDGET,
+            "threads": threads,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        }
+        self.path, self.result = path, facts | {"rows": []}
+        if path.exists():
+            before = json.loads(path.read_text())
+            if {name: before[name] for name in facts} != facts:
+                raise SystemExit(f"{path} comes from another machine or another version; write to another file")
+            self.result = before
+        self.rows: list[dict[str, Any]] = self.result["rows"]
+
+    def lacks(self, context: int, policy: str) -> bool:
+        return not any(row["context"] == context and row["policy"] == policy for row in self.rows)
+
+    def add(self, context: int, policy: str, seconds: list[float], alone: list[float]) -> None:
+        step, beside = statistics.median(seconds), statistics.median(alone)
+        row = {"context": context, "policy": policy, "ms": 1e3 * step, "alone_ms": 1e3 * beside, "ratio": step / beside}
+        self.rows.append(row)
+        print(f"{context:6} {policy:20} {1e3 * step:8.2f} ms  {step / beside:6.3f}", flush=True)
+        part = self.path.with_suffix(".part")
+        part.write_text(json.dumps(self.result, indent=1) + "\n")
+        part.replace(self.path)
+
+
 @torch.inference_mode()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--contexts", type=int, nargs="+", default=[1024, 4096])
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--methods", nargs="+", help="names; default: every cache policy")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="after which nothing new is begun")
     given = parser.parse_args()
+    end = time.monotonic() + 60 * given.minutes
     torch.set_num_threads(given.threads)
-    model, tokenizer = vestige.models.load(dtype="float32", device="cpu")
+    model, tokenizer = vestige.models.load(given.model, dtype="float32", device="cpu")
     chosen = {name: policy for name, policy in policies().items() if not given.methods or name in given.methods}
-    rows = []
+    table = Table(given.out, given.threads)
     for context in given.contexts:
-        prompt = passages(tokenizer, context, (0,))
-        turns = {ALONE: Turn(model, None, prompt)}
+        prompt, alone = passages(tokenizer, context, (0,)), None
         for name, policy in chosen.items():
+            if not table.lacks(context, name):
+                continue
+            if time.monotonic() > end:
+                print(f"{given.minutes:g} minutes are over; the same command goes on from here")
+                return
+            alone = alone or Turn(model, None, prompt)
             try:
-                turns[name] = Turn(model, policy, prompt)
+                turn = Turn(model, policy, prompt)
             except SpecError as error:
                 print(f"left out: {error}")
-        for _ in range(given.rounds):
-            for turn in turns.values():
+                continue
+            alone.seconds.clear()
+            for _ in range(given.rounds):
+                alone.take()
                 turn.take()
-        alone = statistics.median(turns[ALONE].seconds)
-        for name, turn in turns.items():
-            step = statistics.median(turn.seconds)
-            rows.append({"context": context, "policy": name, "ms": 1e3 * step, "ratio": step / alone})
-            print(f"{context:6} {name:20} {1e3 * step:8.2f} ms  {step / alone:6.3f}", flush=True)
-    result = {
-        "model": "smollm2, float32",
-        "budget": BUDGET,
-        "threads": given.threads,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "rows": rows,
-    }
-    part = given.out.with_suffix(".part")
-    part.write_text(json.dumps(result, indent=1) + "\n")
-    part.replace(given.out)
+            table.add(context, name, turn.seconds, alone.seconds)
 
 
 if __name__ == "__main__":

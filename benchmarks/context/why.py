@@ -28,7 +28,7 @@ from vestige.evidence.engine.reading import read
 from vestige.evidence.tasks.needle import Needle, NeedlePrompt, context_batch, recite
 
 POLICIES = ("streaming-llm", "h2o", "a2sf", "snapkv", "tova", "knorm", "expected-attention", "pyramid", "adaptive")
-LENGTH, BUDGET, DEPTHS = 507, 254, (0.1, 0.3, 0.5, 0.7, 0.9)
+LENGTH, DEPTHS = 507, (0.1, 0.3, 0.5, 0.7, 0.9)
 LOOKS = 0.15  # attention on the answer from which on a head counts as looking at it
 REPEATED = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 
@@ -84,19 +84,21 @@ def forced(policy: CachePolicy, prompts: list[NeedlePrompt]) -> CachePolicy:
 
 
 @torch.inference_mode()
-def look_into(model: Any, names: list[str], prompts: list[NeedlePrompt], heads: torch.Tensor) -> dict[str, Any]:
+def look_into(
+    model: Any, names: list[str], prompts: list[NeedlePrompt], heads: torch.Tensor, budget: int
+) -> dict[str, Any]:
     """What each policy does with the prompts, which are read once for all."""
     policies, rows = [vestige.method(name) for name in names], {}
     with read(model, policies, context_batch(prompts, model.device)) as reading:
         shared, cache = reading.kept.policy, reading.kept.cache
         assert isinstance(shared, Together) and cache is not None
         for place, name in enumerate(names):
-            cut = reading.cache(place, BUDGET)
+            cut = reading.cache(place, budget)
             share = held(cut, prompts)
             found = [recital.found for recital in recite(model, prompts, cut)]
             part = shared.part(cache, place)
             part.policy = forced(part.policy, prompts)
-            by_force = [recital.found for recital in recite(model, prompts, part.cut(BUDGET))]
+            by_force = [recital.found for recital in recite(model, prompts, part.cut(budget))]
             rows[name] = {
                 "found": sum(found) / len(found),
                 "answer_held": float(share.mean()),
@@ -112,16 +114,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--length", type=int, default=LENGTH)
     parser.add_argument("--device", default="auto")
     given = parser.parse_args()
-    model, tokenizer = vestige.models.load(dtype="float32", device=given.device)
-    result = json.loads(given.out.read_text()) if given.out.exists() else {"length": LENGTH, "budget": BUDGET}
+    model, tokenizer = vestige.models.load(given.model, dtype="float32", device=given.device)
+    result = (
+        json.loads(given.out.read_text())
+        if given.out.exists()
+        else {"length": given.length, "budget": (given.length + 1) // 2}
+    )
     with tempfile.TemporaryDirectory() as folder:
         repeated = Path(folder) / "repeated.txt"
         repeated.write_text(" ".join([REPEATED] * 400))
         for filler, haystack in (("all different", "grammar"), ("repeated", f"file:{repeated}")):
             prompts = [
-                Needle(length=LENGTH, depth=depth, seed=seed, haystack=haystack).build(tokenizer)
+                Needle(length=given.length, depth=depth, seed=seed, haystack=haystack).build(tokenizer)
                 for seed in range(given.seeds)
                 for depth in DEPTHS
             ]
@@ -129,7 +137,7 @@ def main() -> None:
                 continue
             heads = looking_heads(model, prompts[: len(DEPTHS)])
             rows = result[filler] = {"looking heads": heads.nonzero().tolist()}
-            rows.update(look_into(model, list(POLICIES), prompts, heads))
+            rows.update(look_into(model, list(POLICIES), prompts, heads, result["budget"]))
             part = given.out.with_suffix(".part")
             part.write_text(json.dumps(result, indent=1) + "\n")
             part.replace(given.out)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from vestige.context.cache import KeptCache
     from vestige.context.policy import Ranking
 
-__all__ = ["EMPTY", "ROOM", "KeptLayer", "Step", "per_row"]
+__all__ = ["EMPTY", "ROOM", "KeptLayer", "Step", "at_slots", "per_row"]
 
 EMPTY = -1  # position of a slot that holds no entry
 ROOM = 16  # a cache that grows while decoding is made larger by the 16th part of what it holds, and this many slots
@@ -408,3 +408,22 @@ def per_row(numbers: list[int] | list[float], device: torch.device) -> Any:
     if min(numbers) == max(numbers):
         return numbers[0]
     return torch.tensor(numbers, device=device)[:, None, None]
+
+
+def at_slots(tensor: Tensor, slots: Int[Tensor, "batch kv picked"]) -> Tensor:
+    """Some entries of ``(batch, kv_heads, slots, ...)``, each copied in one piece where it lies in one."""
+    if tensor.dim() == 3:
+        return tensor.gather(2, slots)
+    width, strides = tensor.shape[3:].numel(), tensor.stride()
+    whole = tensor.dim() == 4 and strides[3] == 1 and tensor.numel() > 0
+    if not whole or any(stride % width for stride in strides[:3]):
+        index = slots.view(*slots.shape, *[1] * (tensor.dim() - 3))
+        return tensor.gather(2, index.expand(*slots.shape, *tensor.shape[3:]))
+    row, head, slot = (stride // width for stride in strides[:3])
+    batch, heads, held = tensor.shape[:3]
+    lines = tensor.as_strided((1 + (batch - 1) * row + (heads - 1) * head + (held - 1) * slot, width), (width, 1))
+    first = torch.arange(heads, device=tensor.device) * head
+    if batch > 1:
+        first = first + torch.arange(batch, device=tensor.device)[:, None] * row
+    line = slots * slot + first[..., None]
+    return lines.index_select(0, line.flatten()).view(*slots.shape, width)

@@ -9,6 +9,7 @@ A factor that a model puts on its cosines and sines (YaRN does) stays on the sta
 
 from __future__ import annotations
 
+import functools
 import sys
 from dataclasses import dataclass
 from typing import Any
@@ -79,7 +80,7 @@ class Rotary:
         """Cosine and sine of a turn, for :meth:`apply` to states of the dtype and device of ``like``."""
         exact = torch.promote_types(like.dtype, torch.float32)
         by = torch.as_tensor(by, device=like.device).to(exact)
-        angle = by[..., None] * torch.tensor(self.frequencies, dtype=exact, device=like.device)
+        angle = by[..., None] * _tensor(self.frequencies, exact, like.device)
         return angle.cos(), angle.sin()
 
     def apply(self, states: Tensor, phase: tuple[Tensor, Tensor]) -> Tensor:
@@ -107,3 +108,9 @@ class Rotary:
         turned = 2 * len(self.frequencies)
         mine = self.turn(states, PROBE)
         return due.shape == mine.shape and bool(torch.allclose(due[..., :turned], mine[..., :turned], atol=TOLERANCE))
+
+
+@functools.lru_cache(maxsize=16)
+def _tensor(frequencies: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # it outlives the pass in which it is made
+        return torch.tensor(frequencies, dtype=dtype, device=device)

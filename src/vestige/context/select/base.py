@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vestige.context.attention import Look, Reading, readable
 from vestige.context.cache import budget_tokens
-from vestige.context.layer import KeptLayer, Step, per_row
+from vestige.context.layer import KeptLayer, Step, at_slots, per_row
 from vestige.context.policy import CachePolicy
 from vestige.core.method import param
 from vestige.errors import SpecError
@@ -66,9 +66,7 @@ class Picked:
 
     def of(self, tensor: Tensor) -> Tensor:
         """The picked entries of ``(batch, kv_heads, slots, ...)``."""
-        batch, heads = self.slots.shape[:2]
-        rows = torch.arange(batch, device=tensor.device)[:, None, None]
-        return tensor[rows, torch.arange(heads, device=tensor.device)[:, None], self.slots]
+        return at_slots(tensor, self.slots)
 
     def reading(self, entries: KeptLayer, look: Look, readable: Tensor | None) -> Reading:
         """The picked entries alone, of which a token sees those that are ``readable``."""

@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from vestige.context.attention import Look, Reading
-from vestige.context.layer import EMPTY, KeptLayer, Step
+from vestige.context.layer import EMPTY, KeptLayer, Step, at_slots
 from vestige.context.policy import CachePolicy
 from vestige.context.select.base import Select
 from vestige.core.anatomy import Anatomy
@@ -101,6 +101,8 @@ class LongHeads(Select):
         if max(step.real) <= self.chunks * self.chunk:
             return plain()
         text = _Text(entries, look, step)
+        if step.decoding and step.positions is None:  # the token is far into the text in every row
+            return self._attend(entries, text, 0, 1)
         short = text.asked < self.chunks * self.chunk
         outputs = []
         for first, last in self._blocks(entries, short):
@@ -130,25 +132,30 @@ class LongHeads(Select):
         asked = text.asked[:, None, first:last, None]
         place = torch.arange(self.chunks, device=chosen.device)
         moved = (self.chunks - 1 - place + chosen - asked.clamp_min(0) // self.chunk) * self.chunk
-        turned = query[..., None, :].expand(*query.shape[:-1], self.chunks, query.shape[-1])
+        turned = query.permute(0, 1, 3, 2, 4)[:, :, :, None].expand(-1, -1, -1, self.chunks, -1, -1)
         if entries.cache.rotary is not None:
-            turned = entries.cache.rotary.turn(turned, moved[:, :, None])
+            turned = entries.cache.rotary.apply(turned, entries.cache.rotary.phase(moved[..., None], turned))
         positions = chosen[..., None] * self.chunk + torch.arange(self.chunk, device=chosen.device)
         keys, values = text.entries_at(positions)
-        logits = torch.einsum("bkgnsd,bknsrd->bkgnsr", turned, keys) * text.look.scaling
+        logits = turned @ keys.mT * text.look.scaling
         if text.look.softcap is not None:
             logits = text.look.softcap * torch.tanh(logits / text.look.softcap)
-        logits = logits.masked_fill((positions > asked[..., None])[:, :, None], float("-inf"))
-        share = logits.flatten(-2).softmax(dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32)).nan_to_num()
-        output = torch.einsum("bkgnm,bknmd->bnkgd", share.to(values.dtype), values.flatten(3, 4))
-        return output.flatten(2, 3)
+        logits = logits.masked_fill((positions > asked[..., None])[..., None, :], float("-inf"))
+        exact = torch.promote_types(logits.dtype, torch.float32)
+        share = logits.transpose(3, 4).flatten(-2).softmax(dim=-1, dtype=exact).nan_to_num()
+        output = share.to(values.dtype) @ values.flatten(3, 4)
+        return output.transpose(1, 2).flatten(2, 3)
 
     def _choose(self, entries: KeptLayer, text: _Text, first: int, last: int) -> Int[Tensor, "batch kv count chunks"]:
         """The chunks that some queries attend to, in the order of the text."""
         query = text.look.query[:, :, first:last]
         asked = text.asked[:, first:last]
-        if entries.cache.rotary is not None:
-            query = entries.cache.rotary.turn(query, -asked[:, None])
+        rotary, shared = entries.cache.rotary, text.step.shared
+        if rotary is not None:
+            place = f"from {first} to {last} on {query.device}"  # which is the same in all layers
+            if place not in shared:
+                shared[place] = rotary.phase(-asked[:, None], query)
+            query = rotary.apply(query, shared[place])
         score = (query @ entries.aside["chunks"].mT).unflatten(1, (entries.keys.shape[1], -1)).mean(dim=2)
         own = (asked.clamp_min(0) // self.chunk)[:, None, :, None].expand(*score.shape[:3], 1)
         middle = torch.arange(score.shape[3], device=score.device)
@@ -231,12 +238,16 @@ class _Text:
     ) -> tuple[Tensor, Tensor]:
         """Keys and values ``(rows, kv, ..., dim)`` at some positions; anything where the text ends before."""
         entries = self.entries
-        rows = torch.arange(entries.keys.shape[0], device=positions.device) if rows is None else rows
+        every = torch.arange(entries.keys.shape[0], device=positions.device) if rows is None else rows
         extra = [1] * (positions.dim() - 1)
         slots = positions.clamp_max(entries.slots - 1)
-        row = rows.view(-1, *extra)
+        row = every.view(-1, *extra)
         if self.slots is not None:
             slots = self.slots[row, slots]
+        if rows is None:
+            picked = slots.expand(-1, entries.keys.shape[1], *slots.shape[2:]).flatten(2)
+            keys, values = (at_slots(part, picked) for part in (entries.keys, entries.values))
+            return keys.unflatten(2, slots.shape[2:]), values.unflatten(2, slots.shape[2:])
         head = torch.arange(entries.keys.shape[1], device=positions.device).view(-1, *extra[1:])
         return entries.keys[row, head, slots], entries.values[row, head, slots]
 

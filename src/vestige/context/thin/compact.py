@@ -19,7 +19,7 @@ from vestige.context.around import Around
 from vestige.context.attention import Look, Reading, readable
 from vestige.context.cache import KeptCache
 from vestige.context.evict.full import Full
-from vestige.context.layer import EMPTY, ROOM, KeptLayer, Step
+from vestige.context.layer import EMPTY, ROOM, KeptLayer, Step, at_slots
 from vestige.context.policy import CachePolicy, Ranking
 from vestige.core.method import param
 from vestige.errors import SpecError
@@ -113,6 +113,7 @@ class CompactLayer(KeptLayer):
         self.old: Form = {}
         self.old_slots = 0
         self.window_keys = self.window_values = torch.empty(0)
+        self._mixed = False  # whether the window is out of order
         self._whole: tuple[Tensor, Tensor] | None = None  # while a chunk is read
         self._known: tuple[Tensor, Form] | None = None  # forms that some of the window had, while entries are dropped
 
@@ -195,6 +196,7 @@ class CompactLayer(KeptLayer):
             if not torch.equal(order, torch.arange(self.slots, device=self.device).expand_as(order)):
                 self._gather(order)
                 self.positions = self.positions.gather(2, order)
+        self._mixed = False
         self._compact()
 
     def _compact(self) -> None:
@@ -245,28 +247,42 @@ class CompactLayer(KeptLayer):
             self.thin.prepared(self)
         self.aside["ready"] = now.view(batch, -1)
 
+    def _append(self, step: Step, keys: Tensor, values: Tensor) -> None:
+        if self._mixed:
+            self.tidy()
+        super()._append(step, keys, values)
+
     def _replace(self, victim: Int[Tensor, "batch kv 1"], step: Step, keys: Tensor, values: Tensor) -> None:
-        """The new entry joins the window at its end; the window's oldest goes to the slot given up, if that is old."""
+        """The window's oldest entry goes to the slot given up, if that is old, and the new one takes its place there;
+        the window is in the order of the text no more."""
         assert self.positions is not None
         old = self.old_slots
-        out = (victim - old).clamp_min(0)  # what leaves the window: the one given up, or the oldest
+        oldest = self.positions[:, :, old:].argmin(dim=2, keepdim=True)
+        # The entry given up is old wherever the last ones, so many as the window holds, are kept in any case.
+        spared = self._ranking.recent_tokens(min(step.allowed or [0]))
+        outside = old > 0 and not self.cache.padded and spared > self.thin.full_width
+        out = oldest if outside else torch.where(victim < old, oldest, victim - old)
         if old:
-            there = torch.cat([self.positions[:, :, old:], self._new_positions(step)], dim=2) != EMPTY
-            self._prepare(torch.cat([self.window_keys, keys], dim=2), there)
-            slot = victim.clamp_max(old - 1)
+            if not outside:
+                there = torch.cat([self.positions[:, :, old:], self._new_positions(step)], dim=2) != EMPTY
+                self._prepare(torch.cat([self.window_keys, keys], dim=2), there)
             form = self.thin.encode(self, *(_pick(part, out) for part in (self.window_keys, self.window_values)))
+            slot = victim if outside else victim.clamp_max(old - 1)
             for name, tensor in self.form.items():
-                stays = _pick(tensor, slot)
-                _put(tensor, slot, torch.where(_over(victim < old, stays), form[name], stays))
-        order = torch.arange(self.slots - 1, device=self.device).expand(*self.sizes, -1)
-        order = order + (order >= old + out)
-        order = torch.where(order == victim, old + out, order)
-        inside = order[..., old:] - old
-        self.window_keys = torch.cat([_pick(self.window_keys, inside), keys], dim=2)
-        self.window_values = torch.cat([_pick(self.window_values, inside), values], dim=2)
-        self.positions = torch.cat([self.positions.gather(2, order), self._new_positions(step)], dim=2)
-        for name, tensor in self.state.items():
-            self.state[name] = torch.nn.functional.pad(tensor.gather(2, order), (0, 1))
+                new = form[name]
+                if not outside:
+                    stays = _pick(tensor, slot)
+                    new = torch.where(_over(victim < old, stays), new, stays)
+                _put(tensor, slot, new)
+        _put(self.window_keys, out, keys)
+        _put(self.window_values, out, values)
+        leaves = out + old
+        self.positions.scatter_(2, victim, self.positions.gather(2, leaves))
+        self.positions.scatter_(2, leaves, self._new_positions(step))
+        for tensor in self.state.values():
+            tensor.scatter_(2, victim, tensor.gather(2, leaves))
+            tensor.scatter_(2, leaves, 0)
+        self._mixed = True
 
     def _gather(self, slots: Int[Tensor, "batch kv kept"]) -> None:
         """Keep some entries, all at full width until they are made compact again."""
@@ -317,7 +333,7 @@ def _over(slots: Tensor, tensor: Tensor) -> Tensor:
 
 def _pick(tensor: Tensor, slots: Int[Tensor, "batch kv picked"]) -> Tensor:
     """Some entries of ``(batch, kv_heads, slots, ...)``."""
-    return tensor.gather(2, _over(slots, tensor).expand(*slots.shape, *tensor.shape[3:]))
+    return at_slots(tensor, slots)
 
 
 def _put(tensor: Tensor, slots: Int[Tensor, "batch kv picked"], new: Tensor) -> None:
