@@ -40,7 +40,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["Drive", "chunked", "exact", "has_kernels", "recurrence", "step"]
+__all__ = ["Drive", "chunked", "exact", "has_kernels", "recurrence", "serve", "step"]
 
 FAINTEST = -40.0
 """Logarithm of the strongest decay of one token: what is left of anything then is below every digit of float32, and a
@@ -137,7 +137,7 @@ def step(
     kind = exact(drive.v)
     heads = drive.v.shape[1]
     with _no_autocast(drive.v):
-        q, k = (_serve(t, heads, 1).to(kind) for t in (drive.q, drive.k))
+        q, k = (serve(t, heads, 1).to(kind) for t in (drive.q, drive.k))
         u = drive.v.to(kind)
         if state is None:
             state = u.new_zeros(*k.shape, u.shape[-1])
@@ -166,7 +166,7 @@ def chunked(
     batch, length, heads, values = drive.v.shape
     chunk = min(chunk, 1 << (length - 1).bit_length())
     with _no_autocast(drive.v):
-        q, k, v = (_fold(_serve(t, heads, 2).to(kind), chunk) for t in (drive.q, drive.k, drive.v))
+        q, k, v = (_fold(serve(t, heads, 2).to(kind), chunk) for t in (drive.q, drive.k, drive.v))
         log_decay = None
         if drive.decay is not None:
             log_decay = _per_token(drive.decay, drive.v).to(kind).clamp_min(FAINTEST)
@@ -287,7 +287,7 @@ def _per_token(decay: Tensor, v: Tensor) -> Tensor:
     return decay.expand(v.shape[:3]) if decay.dim() == 1 else decay
 
 
-def _serve(tensor: Tensor, heads: int, dim: int) -> Tensor:
+def serve(tensor: Tensor, heads: int, dim: int) -> Tensor:
     """Repeat heads, each for its group."""
     return tensor if tensor.shape[dim] == heads else tensor.repeat_interleave(heads // tensor.shape[dim], dim)
 

@@ -16,7 +16,7 @@ column. Every exponent is at most zero.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import triton
@@ -25,8 +25,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-if TYPE_CHECKING:
-    from vestige.layers.ops.recurrence import Drive
+from vestige.layers.ops.recurrence import FAINTEST, Drive, serve
 
 __all__ = ["recurrence_cuda"]
 
@@ -84,6 +83,25 @@ def _put_matrix(tensor, start, rows, columns, height, width, what):
 @triton.jit
 def _faded(x, exponent):
     return x * tl.exp(tl.minimum(exponent, 0.0))
+
+
+@triton.jit
+def _running(
+    x, given, out, least, columns,
+    BACK: tl.constexpr, CHUNK: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Running sums within a chunk of what is no less than the least; or, back, the slopes in it from those in them."""
+    token = tl.program_id(0).to(tl.int64) * CHUNK
+    here, column = tl.arange(0, CHUNK), tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = (column < columns)[None, :]
+    place = token * columns + here[:, None] * columns + column[None, :]
+    one = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
+    if BACK:
+        found = tl.cumsum(tl.load(given + place, mask=inside, other=0.0), 0, reverse=True)
+        found = tl.where(one >= least, found, 0.0)
+    else:
+        found = tl.cumsum(tl.maximum(one, least), 0)
+    tl.store(out + place, found.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -332,7 +350,7 @@ def _d_keys(
 
 
 class _Chunks(torch.autograd.Function):
-    """All in whole chunks; ``sums`` are float32, ``number`` counts the packed sequences that begin within a chunk."""
+    """All in whole chunks; ``number`` counts the packed sequences that begin within a chunk."""
 
     @staticmethod
     def forward(
@@ -340,12 +358,13 @@ class _Chunks(torch.autograd.Function):
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        sums: Tensor | None,
+        decay: Tensor | None,
         number: Tensor | None,
         state: Tensor,
         scale: float,
     ) -> tuple[Tensor, Tensor]:
-        size = _Size(q, v, sums, number)
+        size = _Size(q, v, decay, number)
+        sums = None if decay is None else _summed(decay)
         b, part = (q if t is None else t for t in (sums, number))
         scores = v.new_empty(size.blocks, CHUNK, CHUNK)
         states = v.new_empty(size.rows, size.chunks + 1, size.keys, size.values)
@@ -355,14 +374,14 @@ class _Chunks(torch.autograd.Function):
             q, k, b, part, scores, *size.shape[:3], **size.how, ROWS=ROWS, KEYS=size.few_keys, num_warps=4
         )
         _read[size.reading](q, v, b, part, scores, states, out, scale, *size.shape, **size.tiles)
-        ctx.save_for_backward(q, k, v, sums, number, scores, states)
+        ctx.save_for_backward(q, k, v, decay, sums, number, scores, states)
         ctx.scale = scale
         return out, last
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_out: Tensor, d_last: Tensor) -> Any:  # type: ignore[override]
-        q, k, v, sums, number, scores, states = ctx.saved_tensors
+        q, k, v, decay, sums, number, scores, states = ctx.saved_tensors
         size = _Size(q, v, sums, number)
         b, part = (q if t is None else t for t in (sums, number))
         d_out, d_last = d_out.contiguous(), d_last.contiguous()
@@ -382,22 +401,35 @@ class _Chunks(torch.autograd.Function):
             q, k, v, b, part, states, d_out, d_scores, d_states, d_q, d_k, q if d_sums is None else d_sums,
             ctx.scale, *size.shape, q.shape[0] * q.shape[1], **{**size.tiles, "KEYS": size.few_keys}, ROWS=ROWS,
         )  # fmt: skip
-        if d_sums is not None and sums.dim() == 3:
-            d_sums = d_sums.sum(0)
-        return d_q, d_k, d_v, d_sums, None, d_first, None
+        d_decay = None
+        if d_sums is not None:
+            d_decay = _summed(decay, d_sums if decay.dim() == 4 else d_sums.sum(0))
+        return d_q, d_k, d_v, d_decay, None, d_first, None
+
+
+def _summed(decay: Tensor, slope: Tensor | None = None) -> Tensor:
+    """The running sums of a decay's logarithm within chunks; with their slopes, the slopes in the decay."""
+    columns = decay[0, 0].numel()
+    wide = min(64, triton.next_power_of_2(columns))
+    out = torch.empty_like(decay, dtype=torch.float32 if slope is None else decay.dtype)
+    _running[(decay.shape[0] * decay.shape[1] // CHUNK, triton.cdiv(columns, wide))](
+        decay, decay if slope is None else slope, out, FAINTEST, columns,
+        BACK=slope is not None, CHUNK=CHUNK, COLUMNS=wide, num_warps=4,
+    )  # fmt: skip
+    return out
 
 
 class _Size:
     """The numbers that the kernels of one call share."""
 
-    def __init__(self, q: Tensor, v: Tensor, sums: Tensor | None, number: Tensor | None) -> None:
+    def __init__(self, q: Tensor, v: Tensor, decay: Tensor | None, number: Tensor | None) -> None:
         batch, length, self.heads, self.keys = q.shape
         self.values = v.shape[-1]
         self.chunks, self.rows = length // CHUNK, batch * self.heads
         self.blocks = self.rows * self.chunks
         self.shape = (self.chunks, self.heads, self.keys, self.values)
-        decay = NO_DECAY if sums is None else BY_CHANNEL if sums.dim() == 4 else BY_HEAD
-        self.how = {"DECAY": decay.value, "PACKED": number is not None, "CHUNK": CHUNK}
+        kind = NO_DECAY if decay is None else BY_CHANNEL if decay.dim() == 4 else BY_HEAD
+        self.how = {"DECAY": kind.value, "PACKED": number is not None, "CHUNK": CHUNK}
         wide_k, wide_v = (max(16, min(64, triton.next_power_of_2(n))) for n in (self.keys, self.values))
         self.tiles = {**self.how, "KEYS": wide_k, "VALUES": wide_v, "num_warps": 4}
         self.reading = (self.blocks, triton.cdiv(self.values, wide_v))
@@ -411,8 +443,6 @@ class _Size:
 @torch.compiler.disable
 def recurrence_cuda(drive: Drive, state: Tensor | None, starts: Tensor | None) -> tuple[Tensor, Tensor]:
     """See :func:`vestige.layers.ops.recurrence.recurrence`; no delta rule, and sums in float32."""
-    from vestige.layers.ops.recurrence import FAINTEST
-
     batch, length, heads, values = drive.v.shape
     missing = -length % CHUNK
 
@@ -420,18 +450,15 @@ def recurrence_cuda(drive: Drive, state: Tensor | None, starts: Tensor | None) -
         """Filled up to whole chunks."""
         return F.pad(tensor, [0, 0] * (tensor.dim() - 2) + [0, missing]).contiguous()
 
-    def chunkwise(tensor: Tensor) -> Tensor:
-        """Running sums within chunks."""
-        return whole(tensor).unflatten(1, (-1, CHUNK)).cumsum(2).flatten(1, 2)
-
     with torch.autocast(drive.v.device.type, enabled=False):
         kind = drive.v.dtype
-        q, k = (whole(t.to(kind).repeat_interleave(heads // t.shape[2], 2)) for t in (drive.q, drive.k))
-        sums = None
-        if drive.decay is not None:
-            decay = drive.decay.float().clamp_min(FAINTEST)
-            sums = chunkwise(decay.expand(batch, length, heads) if decay.dim() == 1 else decay)
-        number = None if starts is None else chunkwise(starts.int()).int()
+        q, k = (whole(serve(t, heads, 2).to(kind)) for t in (drive.q, drive.k))
+        decay = drive.decay
+        if decay is not None:
+            decay = whole(decay.expand(batch, length, heads) if decay.dim() == 1 else decay)
+        number = None
+        if starts is not None:
+            number = whole(starts.int()).unflatten(1, (-1, CHUNK)).cumsum(2, dtype=torch.int32).flatten(1)
         first = drive.v.new_zeros(batch, heads, k.shape[-1], values, dtype=torch.float32) if state is None else state
-        out, last = _Chunks.apply(q, k, whole(drive.v), sums, number, first.float().contiguous(), drive.scale)
+        out, last = _Chunks.apply(q, k, whole(drive.v), decay, number, first.float().contiguous(), drive.scale)
     return out[:, :length], last
