@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import sys
 from collections import defaultdict
+from functools import partial
 from html import escape
 from pathlib import Path
 from statistics import mean
@@ -24,6 +25,7 @@ OUT = HERE.parents[1] / "docs" / "figures"
 ACROSS, CELL = 4, 27
 MEASURES = {
     "forget accuracy": "answered rightly: to forget",
+    "paraphrases accuracy": "in other words",
     "retain accuracy": "answered rightly: to keep",
     "unseen others accuracy": "answered rightly: never seen",
     "membership by loss": "membership, by loss",
@@ -31,6 +33,12 @@ MEASURES = {
     "probe": "to forget, read by a probe",
     "back without teaching": "back without teaching",
 }
+TASKS = {
+    "class": "To forget: one class",
+    "random": "To forget: a hundred rows at random",
+    "elements": "To forget: all about twelve elements",
+}
+THINGS = {"digits": "digits", "fashion-mnist": "clothes"}
 PALETTE = ("#0f766e", "#d97706", "#7c3aed", "#dc2626", "#2563eb", "#65a30d", "#db2777", "#0891b2", "#a16207", "#475569")
 
 
@@ -39,10 +47,10 @@ def results(name: str) -> list[dict[str, Any]]:
     return [row for row in json.loads((HERE / name).read_text())["rows"] if "left_out" not in row]
 
 
-def matrix_figure() -> str:
+def matrix_figure(stream: str) -> str:
     """One map per learner with its own settings: mean share right on each experience after each."""
     found: dict[str, list[list[list[float]]]] = defaultdict(list)
-    rows_held = results("retain-digits.json")
+    rows_held = results(f"retain-{stream}.json")
     for row in rows_held:
         if "=" not in row["learner"]:
             found[row["learner"]].append(row["matrix"])
@@ -50,7 +58,8 @@ def matrix_figure() -> str:
     order = sorted(means, key=lambda name: mean(means[name][-1]))
     size = len(means[order[0]])
     wide, high = size * CELL + 62, size * CELL + 58
-    parts = [text(10, 20, "Right answers (%) on each pair of digits (across) after each was learnt (down)", "title")]
+    title = f"Right answers (%) on each pair of {THINGS[stream]} (across) after each was learnt (down)"
+    parts = [text(10, 20, title, "title")]
     for number, name in enumerate(order):
         left, top = 14 + number % ACROSS * wide, 62 + number // ACROSS * high
         last = mean(means[name][-1])
@@ -80,13 +89,13 @@ def _mean(matrices: list[list[list[float]]]) -> list[list[float]]:
     return [[mean(cell) for cell in zip(*rows, strict=True)] for rows in zip(*matrices, strict=True)]
 
 
-def audit_figure() -> str:
+def audit_figure(data: str) -> str:
     """For each task and way of looking: every eraser, the model trained again, and the one before."""
-    rows = results("erase-digits.json")
+    rows = results(f"erase-{data}.json")
     erasers = list(dict.fromkeys(row["eraser"] for row in rows))
     left, width, line = 220, 520, 15
     parts, at = [], 8.0
-    for task, title in (("class", "To forget: one class"), ("random", "To forget: a hundred rows at random")):
+    for task, title in TASKS.items():
         chosen = [row for row in rows if row["task"] == task]
         if not chosen:
             continue
@@ -95,9 +104,11 @@ def audit_figure() -> str:
         at += 12
         top = at
         for measure, says in MEASURES.items():
+            values = _means(chosen, measure)
+            if not values:
+                continue
             high = line * len(erasers) * 0.62 + 12
             parts.append(text(left - 12, at + high / 2 + 4, says, "small", "end"))
-            values = _means(chosen, measure)
             some = next(iter(values.values()))
             for subject, mark in (("retrained", "mark"), ("before", "before")):
                 x = left + width * some[subject]
@@ -137,10 +148,57 @@ def _means(rows: list[dict[str, Any]], measure: str) -> dict[str, dict[str, floa
     return {name: {subject: mean(values) for subject, values in each.items()} for name, each in found.items()}
 
 
+def language_figure() -> str:
+    """For each learner with its own settings, what was learnt of three kinds of text against what a novel lost."""
+    rows = results("retain-domains.json")
+    found: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    for row in rows:
+        gain = row["average"] - mean(row["untrained"])
+        found[row["learner"]].append((gain, row["general"][-1] - row["general"][0]))
+    points = {name: (mean(g for g, _ in pairs), mean(k for _, k in pairs)) for name, pairs in found.items()}
+    left, top, width, high = 70, 44, 640, 300
+    (x_low, x_high), (y_low, y_high) = (_bounds([pair[n] for pair in points.values()]) for n in (0, 1))
+    parts = [text(10, 22, "What was learnt of three kinds of text, and what that cost elsewhere", "title")]
+    for n in range(5):
+        x, y = left + width * n / 4, top + high * n / 4
+        parts.append(f'<line class="grid" x1="{x}" x2="{x}" y1="{top}" y2="{top + high}"/>')
+        parts.append(f'<line class="grid" x1="{left}" x2="{left + width}" y1="{y}" y2="{y}"/>')
+        parts.append(text(x, top + high + 16, f"{x_low + (x_high - x_low) * n / 4:+.2f}", "small", "middle"))
+        parts.append(text(left - 8, y + 4, f"{y_high - (y_high - y_low) * n / 4:+.2f}", "small", "end"))
+    parts.append(
+        text(left + width / 2, top + high + 34, "learnt: nats per token of the three, at the end", "small", "middle")
+    )
+    parts.append(text(left + 4, top + 14, "kept: nats per token of a novel", "small"))
+    for number, (name, (gain, kept)) in enumerate(sorted(points.items(), key=lambda pair: -pair[1][0])):
+        colour = PALETTE[number % len(PALETTE)]
+        x = left + width * (gain - x_low) / (x_high - x_low)
+        y = top + high * (y_high - kept) / (y_high - y_low)
+        hint = f"<title>{escape(name)}: {gain:+.2f} learnt, {kept:+.2f} of the novel</title>"
+        shape = "" if number < len(PALETTE) else ' stroke="#1f2937" stroke-width="2"'
+        parts.append(f'<circle style="fill:{colour}"{shape} cx="{x:.1f}" cy="{y:.1f}" r="6">{hint}</circle>')
+        x, y = 20 + number % 2 * 370, top + high + 60 + number // 2 * 20
+        parts.append(f'<circle style="fill:{colour}"{shape} cx="{x}" cy="{y - 4:.1f}" r="5"/>')
+        parts.append(text(x + 11, y, f"{name}: {gain:+.2f}, {kept:+.2f}", "small"))
+    foot = top + high + 60 + -(-len(points) // 2) * 20 + 4
+    parts.append(text(10, foot, f"Right: more is learnt; up: more is kept. {_seeds(rows)}.", "small"))
+    return svg(740, foot + 12, parts, "What learners teach a language model, and what it loses")
+
+
+def _bounds(values: list[float]) -> tuple[float, float]:
+    """The least and the most, with some room."""
+    low, high = min(values), max(values)
+    room = 0.08 * (high - low) or 0.1
+    return low - room, high + room
+
+
 def drawn() -> dict[str, str]:
     """The figures of the results that there are."""
-    figures = {"retain": matrix_figure, "erase": audit_figure}
-    return {f"{name}.svg": draw() for name, draw in figures.items() if (HERE / f"{name}-digits.json").is_file()}
+    found = {"language": ("retain-domains", language_figure)}
+    for name, data in (("", "digits"), ("-fashion", "fashion-mnist"), ("-facts", "facts")):
+        found[f"erase{name}"] = (f"erase-{data}", partial(audit_figure, data))
+        if data in THINGS:
+            found[f"retain{name}"] = (f"retain-{data}", partial(matrix_figure, data))
+    return {f"{name}.svg": draw() for name, (held, draw) in found.items() if (HERE / f"{held}.json").is_file()}
 
 
 def main() -> None:
