@@ -121,7 +121,7 @@ def language_table(stream: str) -> list[str]:
             line(f"`{name}`", [row["matrix"][-1] for row in rows], [row["general"][-1] for row in rows], cells)
         )
     seeds = len({row["seed"] for row in first})
-    about = f"**{title}** ({unit} at the end; of the novel always perplexity; {seeds} seed{'s' if seeds > 1 else ''})"
+    about = f"**{title}** ({unit}; of the novel always perplexity; {seeds} seed{'s' if seeds > 1 else ''})"
     return [about, "", *head, *lines, *notes]
 
 
