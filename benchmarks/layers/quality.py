@@ -165,13 +165,13 @@ def language_cells(given: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 def language(cell: dict[str, Any], folder: str) -> dict[str, Any]:
     """Train a model on the text in a folder, and look at its loss on what was held out."""
-    sizes = {
+    sizes: dict[str, Any] = {
         "hidden_size": cell["width"],
         "num_hidden_layers": cell["layers"],
         "num_attention_heads": cell["heads"],
         "max_position_embeddings": cell["length"],
     }
-    vocabulary = {"vocab_size": len(make_tokenizer(folder, []))}
+    vocabulary: dict[str, Any] = {"vocab_size": len(make_tokenizer(folder, []))}
     plain = VestigeConfig(blocks="softmax", intermediate_size=4 * cell["width"], **sizes, **vocabulary)
     config = of_size(parameters_of(plain), blocks=cell["blocks"], **sizes, **vocabulary)
     with tempfile.TemporaryDirectory() as out:
