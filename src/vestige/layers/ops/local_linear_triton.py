@@ -116,7 +116,7 @@ def _solution(
     return z
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["iterations"])
 def _answers(
     query, key, value, valid, sequence, out, reach, mean_key, slope,
     length, held, heads, group, dim, width, scaling, ridge, iterations,
@@ -167,7 +167,7 @@ def _answers(
     tl.store(reach + head * length + mine, sums, mask=mine < length)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["iterations"])
 def _of_queries(
     query, key, value, valid, sequence, reach, mean_key, slope, d_out, d_query, adjoint, numbers,
     length, held, heads, group, dim, width, scaling, ridge, iterations, queries,

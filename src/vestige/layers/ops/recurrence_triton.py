@@ -448,7 +448,7 @@ def recurrence_cuda(drive: Drive, state: Tensor | None, starts: Tensor | None) -
 
     def whole(tensor: Tensor) -> Tensor:
         """Filled up to whole chunks."""
-        return F.pad(tensor, [0, 0] * (tensor.dim() - 2) + [0, missing]).contiguous()
+        return (F.pad(tensor, [0, 0] * (tensor.dim() - 2) + [0, missing]) if missing else tensor).contiguous()
 
     with torch.autocast(drive.v.device.type, enabled=False):
         kind = drive.v.dtype
