@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from vestige.context.around import Around
-from vestige.context.attention import Look, Reading, readable
+from vestige.context.attention import Look, Packed, Reading, readable
 from vestige.context.cache import KeptCache
 from vestige.context.evict.full import Full
 from vestige.context.layer import EMPTY, ROOM, KeptLayer, Step, at_slots
@@ -74,7 +74,9 @@ class Thin(Around):
         """Keys and values at full width again, as precise as the form has them."""
         raise NotImplementedError
 
-    def read(self, layer: CompactLayer, look: Look, form: Form) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    def read(
+        self, layer: CompactLayer, look: Look, form: Form
+    ) -> tuple[tuple[Tensor, Tensor | Packed], Tensor | Packed]:
         """How one token reads compact entries: keys with the queries that meet them, and values."""
         keys, values = self.decode(layer, form)
         return (look.query, keys.to(layer.dtype)), values.to(layer.dtype)

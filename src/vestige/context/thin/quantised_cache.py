@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
+from vestige.context.attention import Look
 from vestige.context.policy import CachePolicy
 from vestige.context.thin.compact import CompactLayer, Form, Thin
 from vestige.core.method import Paper, Verdict, param
@@ -66,6 +69,114 @@ class QuantisedCache(Thin):
             for name, window in (("keys", layer.window_keys), ("values", layer.window_values))
         )
         return keys, values
+
+    def read(self, layer: CompactLayer, look: Look, form: Form) -> tuple[tuple[Tensor, Codes], Codes]:
+        dim = layer.window_keys.shape[3], layer.window_values.shape[3]
+        keys, values = (
+            Codes(form[name], form[f"{name} scale"], self.bits, self.group, width, layer.dtype)
+            for name, width in zip(("keys", "values"), dim, strict=True)
+        )
+        return (look.query, keys), values
+
+
+@dataclass(frozen=True)
+class Codes:
+    r"""Rounded states as one token's attention reads them: they are never widened.
+
+    With *z*, *s* and *c* as above, and the channels *i* of a group *g*, a query meets a key, and weights *w* of the
+    entries mix values, as
+
+    .. math:: q \cdot k = \sum_g \Big( z_g \sum_{i \in g} q_i + s_g \sum_{i \in g} q_i c_i \Big), \qquad
+              \sum_n w_n v_{n i} = \sum_n w_n z_{n g} + \sum_n (w_n s_{n g})\, c_{n i}.
+
+    A code is read in its place in the byte, without a shift: as :math:`2^{bk} c`, in the order of the places.
+
+    Attributes:
+        packed: ``(batch, kv_heads, entries, bytes)``.
+        scale: ``(batch, kv_heads, entries, groups, 2)``.
+        dtype: of the model.
+    """
+
+    packed: UInt8[Tensor, "batch kv entries bytes"]
+    scale: Float[Tensor, "batch kv entries groups 2"]
+    bits: int
+    group: int
+    dim: int
+    dtype: torch.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (*self.packed.shape[:3], self.dim)
+
+    def meet(self, query: Float[Tensor, "batch kv rows dim"]) -> Float[Tensor, "batch kv rows entries"]:
+        """Products of the keys with queries."""
+        rows, (zero, step), places = query.to(self._exact), self._scale(), self._places()
+        spread = (rows[..., None, places.channel] * places.weight).flatten(2, 3)
+        dots = (spread @ self._raised().mT).unflatten(2, (rows.shape[2], -1))
+        sums = rows @ places.member.mT
+        return ((dots * step[:, :, None]).sum(dim=3) + sums @ zero).to(query.dtype)
+
+    def mix(self, weights: Float[Tensor, "batch kv rows entries"]) -> Float[Tensor, "batch kv rows dim"]:
+        """Mixtures of the values."""
+        rows, (zero, step), places = weights.to(self._exact), self._scale(), self._places()
+        scaled = (rows[..., None, :] * step[:, :, None]).flatten(2, 3)
+        spread = (scaled @ self._raised()).unflatten(2, (rows.shape[2], -1))
+        mixed = (spread * places.weight).sum(dim=3)[..., places.of_channel]
+        return (mixed + (rows @ zero.mT) @ places.member).to(weights.dtype)
+
+    @property
+    def _exact(self) -> torch.dtype:
+        return torch.promote_types(self.dtype, torch.float32)
+
+    def _scale(self) -> tuple[Tensor, Tensor]:
+        """Smallest values and steps, ``(batch, kv_heads, groups, entries)`` each."""
+        zero, step = self.scale.to(self._exact).movedim(2, -1).unbind(dim=3)
+        return zero, step
+
+    def _raised(self) -> Float[Tensor, "batch kv entries places"]:
+        """The codes, each times the power of two of its place."""
+        each, width = 8 // self.bits, self.packed.shape[3]
+        raised = torch.empty(*self.packed.shape[:3], each * width, dtype=self._exact, device=self.packed.device)
+        for number in range(each):
+            part = self.packed if each == 1 else self.packed & ((2**self.bits - 1) << self.bits * number)
+            raised[..., number * width : (number + 1) * width] = part
+        return raised
+
+    def _places(self) -> Places:
+        return Places.of(self.bits, self.group, self.dim, self._exact, self.packed.device)
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where the channels stand in :meth:`Codes._raised`.
+
+    Attributes:
+        channel: ``(places,)`` the channel at each place.
+        of_channel: ``(dim,)`` the place of each channel.
+        weight: ``(groups, places)`` what a raised code counts in its group; 0 in the others and where no channel is.
+        member: ``(groups, dim)`` 1 for the channels of a group.
+    """
+
+    channel: Tensor
+    of_channel: Tensor
+    weight: Tensor
+    member: Tensor
+
+    @staticmethod
+    @functools.lru_cache(maxsize=16)
+    def of(bits: int, group: int, dim: int, dtype: torch.dtype, device: torch.device) -> Places:
+        each = 8 // bits
+        width = -(-dim // each)
+        with torch.inference_mode(False):  # they outlive the pass in which they are made
+            number, byte = torch.arange(each)[:, None], torch.arange(width)
+            channel = (byte * each + number).flatten()
+            groups = torch.arange(-(-dim // group))[:, None]
+            inside = (channel < dim) & (channel // group == groups)
+            weight = inside / 2.0 ** (bits * number.expand(each, width).flatten())
+            at = torch.arange(dim)
+            member = (at // group == groups).to(dtype)
+            tensors = (channel.clamp_max(dim - 1), at % each * width + at // each, weight.to(dtype), member)
+            return Places(*(tensor.to(device) for tensor in tensors))
 
 
 def quantise(

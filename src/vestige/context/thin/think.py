@@ -106,9 +106,9 @@ class ThinK(Thin):
         return wide.scatter_(3, self._index(layer, thin.shape[2]), thin), form["values"]
 
     def read(self, layer: CompactLayer, look: Look, form: Form) -> tuple[tuple[Tensor, Tensor], Tensor]:
-        group = look.query.shape[1] // layer.sizes[1]
-        channels = layer.aside["channels"].repeat_interleave(group, dim=1)[:, :, None]
-        return (look.query.gather(3, channels), form["keys"]), form["values"]
+        rows = grouped(look.query, layer.sizes[1])
+        channels = layer.aside["channels"][:, :, None, None].expand(*rows.shape[:4], -1)
+        return (rows.gather(4, channels).flatten(1, 2), form["keys"]), form["values"]
 
     def _index(self, layer: CompactLayer, count: int) -> Int[Tensor, "batch kv entries channels"]:
         return layer.aside["channels"][:, :, None].expand(-1, -1, count, -1)
