@@ -89,9 +89,9 @@ class SparseStateExpansionLayer(LinearLayer):
         share, chosen = self.route(x)
         if self.training and self.mixer.balance and torch.is_grad_enabled():
             v = _Urged.apply(v, self.mixer.balance * uneven(share, chosen, layout.valid))
-        weight = (share * chosen)[:, :, None, :, None]  # (batch, length, 1, partitions, 1)
-        q, k = (
-            torch.cat([first, (weight * each[..., None, :]).flatten(-2)], -1)
+        weight = (share * chosen).to(v.dtype)[:, :, None, :, None]  # (batch, length, 1, partitions, 1)
+        q, k = (  # the largest tensors of the layer: in the type that the recurrence multiplies in
+            torch.cat([first.to(v.dtype), (weight * each.to(v.dtype)[..., None, :]).flatten(-2)], -1)
             for first, each in zip(common[:2], own[:2], strict=True)
         )
         touched = chosen[:, :, None, :, None] * own[2][..., None, :]
