@@ -34,6 +34,7 @@ from measuring import (
     grows,
     here,
     mixer_of,
+    portable,
     run_whole,
     settings_of,
     settle,
@@ -52,9 +53,10 @@ WINDOW = 256  # no default window is longer
 
 
 def read(layer: MixerLayer, x: Tensor, state: LayerState, whole: bool) -> None:
-    """Tokens into a state."""
+    """Tokens into a state; without kernels that would have to be compiled for it alone."""
     if not whole:
-        run_whole(layer, x, state)
+        with portable():
+            run_whole(layer, x, state)
         return
     layout = Layout.of(x.shape[0], x.shape[1], device=x.device, past=state.seen)
     _, k, v = layer.project(x, layout)  # type: ignore[operator]
@@ -148,7 +150,8 @@ def whole_model(name: str, batch: int, args: argparse.Namespace) -> dict[str, An
     model = VestigeLM(config).to(args.device, dtype).eval()
     tokens = torch.randint(1, config.vocab_size, (batch, min(PASS, *args.contexts)), device=args.device)
     start = model.new_state()
-    model(tokens, past_key_values=start, logits_to_keep=1)
+    with portable():
+        model(tokens, past_key_values=start, logits_to_keep=1)
     found = {"state_bytes": start.nbytes}
     for kind, on in (("eager_ms", False), ("replay_ms", True)):
         model.replay_steps(on)

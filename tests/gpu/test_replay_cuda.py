@@ -17,7 +17,7 @@ def grows(name):
     return footprint(mixer, Place(hidden_size=64, heads=4), tokens=260, further=64).per_token > 0
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", names_of(Mixer))
 def test_replayed_steps_are_plain_steps(name, dtype):
     torch.manual_seed(0)
