@@ -132,20 +132,20 @@ def found_name(cell: dict[str, Any]) -> str:
 def save(model: VestigeLM, cell: dict[str, Any], found: dict[str, Any], folder: Path) -> None:
     """A trained model with its card."""
     model.cpu().save_pretrained(folder)
-    task = json.dumps(cell["task"])
+    task = json.dumps(MQAR(**cell["task"]).spec())
     card = f"""---
 license: apache-2.0
 library_name: vestige
 tags: [associative-recall]
+task: {task}
 ---
 
 # A small model that recalls pairs
 
 Blocks: `{FRONT}`, then `{cell["blocks"]}`; width {cell["width"]}, {found["parameters"]:,} parameters, float32.
 
-Trained from nothing on drawn rows of the task `mqar` ({task}) and nothing else: {cell["steps"]:,} steps of
-{cell["rows"]} rows, AdamW, largest step size {cell["rate"]:g}, seed {cell["seed"]}
-(`benchmarks/layers/quality.py recall --keep`).
+Trained from nothing on drawn rows of the task above and nothing else: {cell["steps"]:,} steps of {cell["rows"]} rows,
+AdamW, largest step size {cell["rate"]:g}, seed {cell["seed"]} (`benchmarks/layers/quality.py recall --keep`).
 
 On 256 rows that it was not trained on it gives {found["accuracy"]:.1%} of the values that are due (chance
 {found["chance"]:.1%}). Its second block holds {found["state_bytes"]:,} bytes then. It knows no language, and is of use
