@@ -234,6 +234,7 @@ def beside_attention(args: argparse.Namespace, sheet: Sheet, clock: Clock) -> No
         for path in paths:
             if too_slow(sheet, name, path) or sheet.has(**which, path=path):
                 continue
+            watch.warm = sheet.has(mixer=name, what=what, path=path)
             found = failed or attempt(lambda path=path, case=case: timed(case, path, watch))
             row = {**which, "path": path, "batch": sizes.batch}
             if case is not None and case.settings:
