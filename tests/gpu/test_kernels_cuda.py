@@ -187,7 +187,7 @@ def test_what_a_memory_holds_after_a_block(tokens, height, width):
     parts = {name: t.to(DEVICE) for name, t in parts.items()}
 
     def kernel(left, carry, along, **rest):
-        return update_cuda(**rest, gates=(left, carry, along))
+        return update_cuda(**rest, gates=torch.stack([left, carry, along]))
 
     def plainly(total, surprise, inputs, slope, left, carry, along, share, heap):
         left, carry, along = (t[..., None, None] for t in (left, carry, along))

@@ -30,7 +30,6 @@ out in float32 at least, whatever the inputs and under autocast too, and differe
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 from dataclasses import dataclass, replace
 from typing import Any
@@ -41,6 +40,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 __all__ = ["Drive", "chunked", "exact", "has_kernels", "recurrence", "serve", "step"]
+
+TRITON = importlib.util.find_spec("triton") is not None
 
 FAINTEST = -40.0
 """Logarithm of the strongest decay of one token: what is left of anything then is below every digit of float32, and a
@@ -87,12 +88,7 @@ def exact(tensor: Tensor) -> torch.dtype:
 
 def has_kernels(tensor: Tensor) -> bool:
     """Whether kernels of our own can take a tensor: on CUDA where Triton is installed, but not in float64."""
-    return tensor.is_cuda and tensor.dtype != torch.float64 and _triton_installed()
-
-
-@functools.cache
-def _triton_installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
+    return tensor.is_cuda and tensor.dtype != torch.float64 and TRITON
 
 
 def recurrence(
@@ -120,6 +116,17 @@ def recurrence(
         token: dict[str, Any] = _token(drive)
         out, state = step(replace(drive, **token), state)
         return out[:, None], state
+    found = None
+    if drive.v.is_cuda and drive.v.dtype in (torch.float16, torch.bfloat16):
+        found = _by_kernels(drive, state, starts, cu_seqlens)
+    return chunked(drive, state, starts=starts, chunk=chunk) if found is None else found
+
+
+@torch.compiler.disable
+def _by_kernels(
+    drive: Drive, state: Tensor | None, starts: Tensor | None, cu_seqlens: Tensor | None
+) -> tuple[Tensor, Tensor] | None:
+    """By kernels that serve, those of flash-linear-attention first."""
     from vestige.layers.ops.fla import fla_recurrence
 
     found = fla_recurrence(drive, state, starts=starts, cu_seqlens=cu_seqlens)
@@ -127,7 +134,7 @@ def recurrence(
         from vestige.layers.ops.recurrence_triton import recurrence_cuda
 
         found = recurrence_cuda(drive, state, starts)
-    return chunked(drive, state, starts=starts, chunk=chunk) if found is None else found
+    return found
 
 
 def step(

@@ -440,7 +440,6 @@ class _Size:
         self.parts = triton.cdiv(self.keys, self.few_keys)
 
 
-@torch.compiler.disable
 def recurrence_cuda(drive: Drive, state: Tensor | None, starts: Tensor | None) -> tuple[Tensor, Tensor]:
     """See :func:`vestige.layers.ops.recurrence.recurrence`; no delta rule, and sums in float32."""
     batch, length, heads, values = drive.v.shape

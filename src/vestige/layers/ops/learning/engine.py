@@ -207,12 +207,12 @@ def learn(
         brain = begin(rule, slow, lesson, held)
         newborn = begin(rule, slow, lesson, {}) if blocks.fresh else brain
         feature = Features.of(rule.feature, lesson.k.shape[-1], rule.degree, lesson.k)
-        page = _Pages.of(rule, lesson, held, blocks)
+        pages = _pages(rule, lesson, held, blocks)
         read = []
         for n in range(blocks.count):
             if blocks.fresh:
                 brain = newborn.pick(blocks.fresh[n], brain)
-            answer, brain = _block(rule, slow, feature, page.turn(n), brain)
+            answer, brain = _block(rule, slow, feature, pages[n], brain)
             read.append(answer)
             brain = _refreshed(rule, brain, blocks.full[n])
         brain.write(held)
@@ -231,6 +231,8 @@ class Page:
             along: and of S in S.
         within: ``(batch, heads, slots, rows)`` R, how much of each slope is in A; heap: H, and in S.
         take: ``(batch, heads, slots, slots)`` how much of each slot's S is in A.
+        left: ``(1 or 3, batch, heads)`` into, carry and along, at the last slot; share, pile: ``(batch, heads, rows)``
+            within and heap, there.
     """
 
     q: Tensor
@@ -243,51 +245,47 @@ class Page:
     within: Tensor
     heap: Tensor
     take: Tensor
+    left: Tensor
+    share: Tensor
+    pile: Tensor
 
 
-@dataclass(frozen=True)
-class _Pages:
-    """All blocks at once: a leading dimension more."""
+def _pages(rule: Rule, lesson: Lesson, held: dict[str, Tensor], blocks: Blocks) -> list[Page]:
+    """Cut a lesson into blocks and work out what its gates amount to; the window's tokens are kept in ``held``."""
 
-    parts: dict[str, Tensor | None]
+    def rows(name: str, tensor: Tensor) -> Tensor:
+        """With those of the past, by block; the last ones are kept."""
+        places = blocks.lay(tensor, held.get(name))
+        if blocks.before:
+            held[name] = blocks.keep(places)
+        return blocks.cut(places if places.dim() == 4 else places[..., None])
 
-    @classmethod
-    def of(cls, rule: Rule, lesson: Lesson, held: dict[str, Tensor], blocks: Blocks) -> _Pages:
-        """Cut a lesson into blocks and work out what its gates amount to; the window's tokens are kept in ``held``."""
+    def gates(tensor: Tensor) -> Tensor:
+        """``(count, batch, heads, slots)``."""
+        return blocks.cut(blocks.lay(tensor)[:, blocks.before :, :, None])[..., 0]
 
-        def rows(name: str, tensor: Tensor) -> Tensor:
-            """With those of the past, by block; the last ones are kept."""
-            places = blocks.lay(tensor, held.get(name))
-            if blocks.before:
-                held[name] = blocks.keep(places)
-            return blocks.cut(places if places.dim() == 4 else places[..., None])
-
-        def gates(tensor: Tensor) -> Tensor:
-            """``(count, batch, heads, slots)``."""
-            return blocks.cut(blocks.lay(tensor)[:, blocks.before :, :, None])[..., 0]
-
-        k, v = rows("key", lesson.k), rows("value", lesson.v)
-        rate = rows("rate", lesson.rate)[..., 0]
-        bound = None if lesson.bound is None else rows("bound", lesson.bound)[..., 0]
-        q = blocks.cut(blocks.lay(lesson.q)[:, blocks.before :])
-        real = blocks.cut(blocks.real[:, :, None, None].to(q.dtype))[..., 0]
-        step = real if lesson.step is None else gates(lesson.step)  # empty slots are zero in both
-        fade = _sums(gates(lesson.decay))
-        faded = _between(fade)
-        omega = rate[..., None, :] * real[..., :, None] * _band(blocks, rule.window, q)
-        if lesson.momentum is None:
-            heap, along = omega, None
-        else:
-            flow = _sums(gates(lesson.momentum))
-            heap, along = _between(flow) @ omega, flow.exp()
-        take = faded * step[..., None, :]
-        carry = None if along is None else (take @ along[..., None])[..., 0]
-        parts = {"q": q, "k": k, "v": v, "bound": bound, "into": fade.exp(), "carry": carry, "along": along}
-        return cls({**parts, "within": take @ heap, "heap": heap, "take": take})
-
-    def turn(self, n: int) -> Page:
-        """The block of a number."""
-        return Page(**{name: None if part is None else part[n] for name, part in self.parts.items()})  # type: ignore[arg-type]
+    k, v = rows("key", lesson.k), rows("value", lesson.v)
+    rate = rows("rate", lesson.rate)[..., 0]
+    bound = None if lesson.bound is None else rows("bound", lesson.bound)[..., 0]
+    q = blocks.cut(blocks.lay(lesson.q)[:, blocks.before :])
+    real = blocks.cut(blocks.real[:, :, None, None].to(q.dtype))[..., 0]
+    step = real if lesson.step is None else gates(lesson.step)  # empty slots are zero in both
+    fade = _sums(gates(lesson.decay))
+    faded = _between(fade)
+    omega = rate[..., None, :] * real[..., :, None] * _band(blocks, rule.window, q)
+    if lesson.momentum is None:
+        heap, along = omega, None
+    else:
+        flow = _sums(gates(lesson.momentum))
+        heap, along = _between(flow) @ omega, flow.exp()
+    take = faded * step[..., None, :]
+    carry = None if along is None else (take @ along[..., None])[..., 0]
+    into, within = fade.exp(), take @ heap
+    left = torch.stack([t[..., -1] for t in (into, carry, along) if t is not None], 1)
+    parts = {"q": q, "k": k, "v": v, "bound": bound, "into": into, "carry": carry, "along": along, "left": left}
+    parts |= {"within": within, "heap": heap, "take": take, "share": within[..., -1, :], "pile": heap[..., -1, :]}
+    columns = {name: [None] * blocks.count if t is None else t.unbind(0) for name, t in parts.items()}
+    return [Page(**{name: column[n] for name, column in columns.items()}) for n in range(blocks.count)]  # type: ignore[arg-type]
 
 
 def recall(
@@ -351,27 +349,26 @@ def _plus(base: Tensor, left: Tensor, right: Tensor, factor: float = 1) -> Tenso
 def _moved(rule: Rule, page: Page, brain: Brain, pairs: list[tuple[Tensor, Tensor]]) -> Brain:
     """What is held after a block whose steps are linear, or, with Muon, are taken at its end."""
     total, surprise = [], []
-    left = page.into[..., -1, None, None]
+    left, *more = page.left[..., None, None].unbind(0)
+    share, pile = page.share[..., None], page.pile[..., None]
     for index, (inputs, slope) in enumerate(pairs):
-        if page.carry is not None and page.along is not None and not rule.muon and _has_update(slope):
+        if more and not rule.muon and _has_update(slope):
             from vestige.layers.ops.learning.update_triton import update_cuda
 
-            gates = (page.into[..., -1], page.carry[..., -1], page.along[..., -1])
-            shares = (page.within[..., -1, :], page.heap[..., -1, :])
-            held, old = update_cuda(brain.total[index], brain.surprise[index], inputs, slope, gates, *shares)
+            weights = brain.total[index], brain.surprise[index]
+            held, old = update_cuda(*weights, inputs, slope, page.left, page.share, page.pile)
             total.append(held)
             surprise.append(old)
             continue
         held = brain.total[index] * left
         if not rule.muon:
-            if page.carry is not None:
-                held = torch.addcmul(held, page.carry[..., -1, None, None], brain.surprise[index])
-            held = _plus(held, inputs.mT, page.within[..., -1, :, None] * slope, -1)
+            if more:
+                held = torch.addcmul(held, more[0], brain.surprise[index])
+            held = _plus(held, inputs.mT, share * slope, -1)
         total.append(held)
-        if page.along is not None:
-            old = page.along[..., -1, None, None] * brain.surprise[index]
-            surprise.append(_plus(old, inputs.mT, page.heap[..., -1, :, None] * slope, -1))
-    due = None if brain.due is None else brain.due * page.into[..., -1] + page.take[..., -1, :].sum(-1)
+        if more:
+            surprise.append(_plus(more[1] * brain.surprise[index], inputs.mT, pile * slope, -1))
+    due = None if brain.due is None else brain.due * page.left[0] + page.take[..., -1, :].sum(-1)
     return Brain(total, brain.point, surprise, due)
 
 

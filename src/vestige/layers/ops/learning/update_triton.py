@@ -134,7 +134,7 @@ def update_cuda(
     surprise: Tensor,
     inputs: Tensor,
     slope: Tensor,
-    gates: tuple[Tensor, Tensor, Tensor],
+    gates: Tensor,
     share: Tensor,
     heap: Tensor,
 ) -> tuple[Tensor, Tensor]:
@@ -143,10 +143,10 @@ def update_cuda(
     Args:
         total, surprise: ``(batch, heads, inputs, outputs)`` A and S, before.
         inputs, slope: ``(batch, heads, rows, ...)`` X, of the layer, and D, in its output.
-        gates: ``(batch, heads)`` each, of A in A, of S in A, and of S in S.
+        gates: ``(3, batch, heads)`` how much is left of A in A, of S in A, and of S in S.
         share, heap: ``(batch, heads, rows)`` r and h, how much of each row's slope is in A, and in S.
     """
     parts = [t.flatten(0, 1).contiguous() for t in (total, surprise, inputs, slope)]
     weights = [t.flatten(0, 1).contiguous() for t in (share, heap)]
-    new = _Update.apply(*parts, torch.stack(gates).flatten(1), *weights)
+    new = _Update.apply(*parts, gates.flatten(1).contiguous(), *weights)
     return new[0].view_as(total), new[1].view_as(surprise)
