@@ -15,9 +15,12 @@ Rows = list[dict[str, Any]]
 
 
 def rows_of(name: str) -> Rows:
-    """The rows of a result; none where it was not run."""
-    place = RESULTS / f"{name}.json"
-    return json.loads(place.read_text(encoding="utf-8"))["rows"] if place.is_file() else []
+    """The rows of a result, which may have been run in parts; none where it was not run."""
+    return [
+        row
+        for place in sorted(RESULTS.glob(f"{name}*.json"))
+        for row in json.loads(place.read_text(encoding="utf-8"))["rows"]
+    ]
 
 
 def digits(value: float | None, suffix: str = "") -> str:
