@@ -12,6 +12,8 @@ import torch
 from torch.nn import functional as F
 
 pytest.importorskip("triton")
+from vestige.layers.ops.learning.perceptron import _through_norm
+from vestige.layers.ops.learning.slopes_triton import through_gelu, through_norm
 from vestige.layers.ops.learning.update_triton import update_cuda
 from vestige.layers.ops.local_linear import by_blocks
 from vestige.layers.ops.local_linear_triton import local_linear_cuda
@@ -195,6 +197,28 @@ def test_what_a_memory_holds_after_a_block(tokens, height, width):
         return held, along * surprise - inputs.mT @ (heap[..., None] * slope)
 
     compare(kernel, plainly, parts, MOST[torch.float32])
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 5, 24), (1, 2, 64, 128)])
+def test_slopes_of_a_memory(shape):
+    """Through GELU and through a norm, and what is differentiated once more."""
+    torch.manual_seed(0)
+    parts = {"slope": torch.randn(shape, device=DEVICE), "x": 2 * torch.randn(shape, device=DEVICE) + 0.5}
+
+    def normed(form):
+        def run(slope, x):
+            _, mean, inverse = torch.native_layer_norm(x, shape[-1:], None, None, 1e-5)
+            return (form(slope, x, mean.detach(), inverse.detach()),)
+
+        return run
+
+    compare(normed(through_norm), normed(_through_norm), parts, MOST[torch.float32])
+    compare(
+        lambda slope, x: (through_gelu(slope, x),),
+        lambda slope, x: (torch.ops.aten.gelu_backward(slope, x),),
+        parts,
+        MOST[torch.float32],
+    )
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")

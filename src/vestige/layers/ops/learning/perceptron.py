@@ -16,6 +16,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
+from vestige.layers.ops.recurrence import has_kernels
+
 __all__ = ["Perceptron", "Tape"]
 
 
@@ -84,17 +86,21 @@ class Perceptron:
         weights: Sequence[Float[Tensor, "... inputs outputs"]],
     ) -> list[Float[Tensor, "... tokens outputs"]]:
         """Each layer's slope of the loss in its output, from the slope in the answer."""
+        if has_kernels(slope) and not torch.compiler.is_compiling():
+            from vestige.layers.ops.learning.slopes_triton import through_gelu, through_norm
+        else:
+            through_gelu, through_norm = torch.ops.aten.gelu_backward, _through_norm
         if self.residual:
-            slope = _through_norm(slope * gain, tape.outputs[-1], tape.moments)
+            mean, inverse = (t.detach() for t in tape.moments)  # the slope's derivative knows what they are of
+            slope = through_norm(slope * gain, tape.outputs[-1], mean, inverse)
         found = [slope]
         for index in range(self.depth - 1, 0, -1):
-            slope = torch.ops.aten.gelu_backward(slope @ weights[index].mT, tape.outputs[index - 1])
+            slope = through_gelu(slope @ weights[index].mT, tape.outputs[index - 1])
             found.append(slope)
         return found[::-1]
 
 
-def _through_norm(slope: Tensor, h: Tensor, moments: list[Tensor]) -> Tensor:
+def _through_norm(slope: Tensor, h: Tensor, mean: Tensor, inverse: Tensor) -> Tensor:
     """The slope in what is normalised. One kernel, which PyTorch differentiates once more, as it does GELU's."""
-    mean, inverse = (t.detach() for t in moments)  # its derivative knows what they are of
     which = [True, False, False]
     return torch.ops.aten.native_layer_norm_backward(slope, h, h.shape[-1:], mean, inverse, None, None, which)[0]
