@@ -36,6 +36,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from vestige.layers.ops.learning.answers import answer
 from vestige.layers.ops.learning.biases import Bias
 from vestige.layers.ops.learning.blocks import Blocks
 from vestige.layers.ops.learning.perceptron import Perceptron
@@ -334,11 +335,8 @@ def _lesson(rule: Rule, slow: Slow, feature: Features | None, page: Page, brain:
 
 def _answer(page: Page, brain: Brain, pairs: list[tuple[Tensor, Tensor]], index: int, z: Tensor) -> Tensor:
     """What a layer answers to each slot's input with the weights at that slot."""
-    inputs, slope = pairs[index]
-    found = (page.into[..., None] * z) @ brain.total[index]
-    if page.carry is not None:
-        found = _plus(found, page.carry[..., None] * z, brain.surprise[index])
-    return _plus(found, (z @ inputs.mT) * page.within, slope, -1)
+    surprise = brain.surprise[index] if brain.surprise else None
+    return answer(z, brain.total[index], surprise, *pairs[index], page.within, page.into, page.carry)
 
 
 def _plus(base: Tensor, left: Tensor, right: Tensor, factor: float = 1) -> Tensor:
