@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
@@ -30,6 +32,7 @@ __all__ = [
     "keep",
     "known",
     "label",
+    "made_room",
     "names",
     "options",
     "pictures",
@@ -92,6 +95,13 @@ def forms_of(
 def label(name: str, changes: dict[str, Any]) -> str:
     """A form of a method in tables."""
     return " ".join([name, *(f"{key}={value}" for key, value in changes.items())])
+
+
+def made_room(device: str) -> None:
+    """Give back what memory of a GPU is held for nothing, which others may share."""
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
 
 
 def options(about: str | None) -> argparse.ArgumentParser:

@@ -31,7 +31,7 @@ from statistics import mean
 from typing import Any
 
 import torch
-from common import Clock, Pictures, Sheet, forms_of, here, known, label, options, pictures, rows_of
+from common import Clock, Pictures, Sheet, forms_of, here, known, label, made_room, options, pictures, rows_of
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
@@ -255,6 +255,7 @@ def main() -> None:
                 break
             before.load_state_dict(start)
             before.eval()
+            made_room(args.device)
             try:
                 row |= erased(row["method"], row["changes"], before, task)
             except VestigeError as error:

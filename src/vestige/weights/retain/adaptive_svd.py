@@ -51,10 +51,11 @@ def ranks(scores: Mapping[str, float], sizes: Mapping[str, int], least: float, m
 
 @dataclass(frozen=True)
 class Side:
-    """Directions of one side of a matrix, of which k are kept.
+    """Directions of one side of matrices of one shape, of which some are kept.
 
     Attributes:
-        basis: those kept (size, k); or those that are left (size, size - k), where they are fewer.
+        basis: those kept (matrices, size, width), or those that are left, where they are fewer over all matrices; where
+            a matrix has fewer than the width, there are columns of zeros.
         free: whether it holds those that are left.
     """
 
@@ -62,83 +63,84 @@ class Side:
     free: bool
 
     @classmethod
-    def of(cls, directions: Tensor, k: int) -> Side:
-        """The first k of the directions (size, n); those that are left are known where n is the size."""
-        size, known = directions.shape
-        free = known == size and size - k < k
-        held = directions[:, k:] if free else directions[:, :k]
+    def of(cls, directions: Tensor, ranks: Tensor) -> Side:
+        """The first directions of each matrix, so many as its rank (matrices,)."""
+        _, size, known = directions.shape
+        free = known == size and bool(2 * ranks.sum() > size * len(ranks))  # all must be known, to leave any
+        place = torch.arange(known, device=directions.device)
+        kept = place < ranks[:, None].to(place.device)
+        chosen = directions * (~kept if free else kept)[:, None]
+        held = chosen[..., int(ranks.min()) :] if free else chosen[..., : int(ranks.max())]
         # Laid out as files give it back, a single column too, so that a run that is taken up goes on bit for bit.
         return cls(held.clone(memory_format=torch.contiguous_format), free)
 
-    @property
-    def count(self) -> int:
-        """k."""
-        size, held = self.basis.shape
-        return size - held if self.free else held
-
     def columns(self, x: Tensor) -> Tensor:
-        """What of the columns of x (size, any) lies in the kept directions."""
-        inside = self.basis.T @ x
-        return torch.addmm(x, self.basis, inside, alpha=-1) if self.free else self.basis @ inside
+        """What of the columns of x (matrices, size, any) lies in the kept directions."""
+        inside = self.basis.mT @ x
+        return torch.baddbmm(x, self.basis, inside, alpha=-1) if self.free else self.basis @ inside
 
     def rows(self, x: Tensor) -> Tensor:
-        """The same of the rows of x (any, size)."""
+        """The same of the rows of x (matrices, any, size)."""
         inside = x @ self.basis
-        return torch.addmm(x, inside, self.basis.T, alpha=-1) if self.free else inside @ self.basis.T
+        return torch.baddbmm(x, inside, self.basis.mT, alpha=-1) if self.free else inside @ self.basis.mT
 
 
 @dataclass(frozen=True)
 class Kept:
-    """The kept directions of a matrix W, and what W is there.
+    """The kept directions of matrices W of one shape, and what the matrices are there.
 
-    The part of a matrix X in them is P X Q, with the projections P = U U^T and Q = V V^T. It is worked out in as few
-    and as narrow products as there are: on the side whose kept directions are held, X is brought down to these first.
+    The part of a matrix X in them is P X Q, with the projections P = U U^T and Q = V V^T. It is worked out for all
+    matrices at once, in as few and as narrow products as there are: on the side whose kept directions are held, X is
+    brought down to these first.
 
     Attributes:
+        ranks: how many directions of each are kept (matrices,).
         left, right: sides of outputs and of inputs.
         start: W brought down.
     """
 
+    ranks: Tensor
     left: Side
     right: Side
     start: Tensor
 
     @classmethod
-    def of(cls, W: Tensor, k: int) -> Kept:
-        """The k largest singular directions of W (out, in)."""
+    def of(cls, W: Tensor, ranks: Tensor) -> Kept:
+        """The largest singular directions of each W (matrices, out, in), so many as its rank (matrices,)."""
         U, _, Vh = torch.linalg.svd(W, full_matrices=False)
-        found = cls(Side.of(U, k), Side.of(Vh.T, k), W)
+        found = cls(ranks, Side.of(U, ranks), Side.of(Vh.mT, ranks), W)
         return replace(found, start=found.down(W).clone(memory_format=torch.contiguous_format))
 
     def down(self, X: Tensor) -> Tensor:
-        """P X V (out, k), U^T X Q (k, in), or P X Q (out, in): the first that needs no wide product."""
+        """P X V (.., out, k), U^T X Q (.., k, in), or P X Q (.., out, in): the first that needs no wide product."""
         if not self.right.free:
             return self.left.columns(X @ self.right.basis)
         if not self.left.free:
-            return self.right.rows(self.left.basis.T @ X)
+            return self.right.rows(self.left.basis.mT @ X)
         return self.left.columns(self.right.rows(X))
 
     def without(self, X: Tensor, Y: Tensor) -> Tensor:
-        """X less what was brought down to Y (out, in)."""
+        """X less what was brought down to Y (matrices, out, in)."""
         if not self.right.free:
-            return torch.addmm(X, Y, self.right.basis.T, alpha=-1)
-        return X - Y if self.left.free else torch.addmm(X, self.left.basis, Y, alpha=-1)
+            return torch.baddbmm(X, Y, self.right.basis.mT, alpha=-1)
+        return X - Y if self.left.free else torch.baddbmm(X, self.left.basis, Y, alpha=-1)
 
-    def project(self, gradient: Tensor) -> Tensor:
-        """G - P G Q: without what lies in the kept directions (out, in)."""
-        return self.without(gradient, self.down(gradient))
+    def project(self, gradients: Tensor) -> Tensor:
+        """G - P G Q: without what lies in the kept directions (matrices, out, in)."""
+        return self.without(gradients, self.down(gradients))
 
-    def restore(self, weight: Tensor) -> Tensor:
-        """The weight whose part in the kept directions is what it was: W - P (W - W*) Q (out, in).
+    def restore(self, weights: Tensor) -> Tensor:
+        """The weights whose parts in the kept directions are what they were: W - P (W - W*) Q (matrices, out, in).
 
         Exact whatever the optimizer did to W, its decay and its moments included.
         """
-        return self.without(weight, self.down(weight) - self.start)
+        return self.without(weights, self.down(weights) - self.start)
 
 
 class _AdaptiveSVD(Running):
     def __init__(self, learner: Any) -> None:
         super().__init__(learner)
+        self.groups: dict[str, list[str]] = {}  # the names of matrices of one shape, which are worked on together
         self.kept: dict[str, Kept] = {}
         self.scores: dict[str, float] = {}
 
@@ -159,6 +161,9 @@ class _AdaptiveSVD(Running):
         }
         if not self.targets:
             raise UnsupportedModelError(f"{self.learner.name}: none of the model's matrices is trained")
+        for name, module in self.targets.items():
+            shape = "x".join(map(str, module.weight.shape))
+            self.groups.setdefault(f"{shape} on {module.weight.device}", []).append(name)
         if self.learner.frozen and not 0 < self.learner.frozen < 1:
             raise SpecError(f"parameter 'frozen' is {self.learner.frozen}; allowed: 0 to 1")
 
@@ -173,9 +178,10 @@ class _AdaptiveSVD(Running):
             count = {name: min(int(self.learner.frozen * size), size - 1) for name, size in sizes.items()}
         else:
             count = ranks(self.scores, sizes, self.learner.least, self.learner.most)
-        for name, module in self.targets.items():
-            if count[name]:
-                self.kept[name] = Kept.of(wide(module.weight.detach()), count[name])
+        for group, names in self.groups.items():
+            if any(count[name] for name in names):
+                weights = torch.stack([wide(self.targets[name].weight.detach()) for name in names])
+                self.kept[group] = Kept.of(weights, torch.tensor([count[name] for name in names]))
 
     def _measure(self, session: Session, experience: Experience) -> dict[str, float]:
         """Importance of each matrix on some rows of an experience."""
@@ -202,10 +208,12 @@ class _AdaptiveSVD(Running):
 
     @torch.no_grad()
     def gradients(self, session: Session) -> None:
-        for name, kept in self.kept.items():
-            gradient = self.targets[name].weight.grad
-            if gradient is not None:
-                gradient.copy_(kept.project(wide(gradient)))
+        for group, kept in self.kept.items():
+            weights = [self.targets[name].weight for name in self.groups[group]]
+            found = torch.stack([wide(torch.zeros_like(w) if w.grad is None else w.grad) for w in weights])
+            pairs = [(w.grad, g) for w, g in zip(weights, kept.project(found), strict=True) if w.grad is not None]
+            if pairs:
+                torch._foreach_copy_([old for old, _ in pairs], [new for _, new in pairs])
 
     def stepped(self, session: Session) -> None:
         if not (session.step + 1) % self.learner.every:
@@ -213,9 +221,10 @@ class _AdaptiveSVD(Running):
 
     @torch.no_grad()
     def _restore(self) -> None:
-        for name, kept in self.kept.items():
-            weight = self.targets[name].weight
-            weight.copy_(kept.restore(wide(weight)))
+        for group, kept in self.kept.items():
+            weights = [self.targets[name].weight for name in self.groups[group]]
+            found = kept.restore(torch.stack([wide(w) for w in weights]))
+            torch._foreach_copy_(weights, list(found))
 
     def after(self, session: Session, experience: Experience) -> None:
         self._restore()
@@ -225,11 +234,11 @@ class _AdaptiveSVD(Running):
         self.scores = {name: (self.scores.get(name, 0.0) * n + score) / (n + 1) for name, score in now.items()}
 
     def tensors(self) -> dict[str, Tensor]:
-        parts = {f"start:{name}": kept.start for name, kept in self.kept.items()}
-        for name, kept in self.kept.items():
-            for side in ("left", "right"):
-                held: Side = getattr(kept, side)
-                parts[f"{side}-{'free' if held.free else 'kept'}:{name}"] = held.basis
+        parts: dict[str, Tensor] = {}
+        for group, kept in self.kept.items():
+            parts |= {f"ranks:{group}": kept.ranks, f"start:{group}": kept.start}
+            for name, side in (("left", kept.left), ("right", kept.right)):
+                parts[f"{name}-{'free' if side.free else 'kept'}:{group}"] = side.basis
         order = [self.scores.get(name, 0.0) for name in sorted(self.targets)] if self.scores else []
         return {**parts, "importance": torch.tensor(order, dtype=torch.float64)}
 
@@ -237,15 +246,20 @@ class _AdaptiveSVD(Running):
         order = tensors["importance"].tolist()
         self.scores = dict(zip(sorted(self.targets), order, strict=True)) if order else {}
 
-        def side(of: str, name: str) -> Side:
-            free = f"{of}-free:{name}" in tensors
-            return Side(tensors[f"{of}-{'free' if free else 'kept'}:{name}"], free)
+        def side(name: str, group: str) -> Side:
+            free = f"{name}-free:{group}" in tensors
+            return Side(tensors[f"{name}-{'free' if free else 'kept'}:{group}"], free)
 
-        names = [name.removeprefix("start:") for name in tensors if name.startswith("start:")]
-        self.kept = {n: Kept(side("left", n), side("right", n), tensors[f"start:{n}"]) for n in names}
+        self.kept = {
+            group: Kept(ranks.cpu(), side("left", group), side("right", group), tensors[f"start:{group}"])
+            for group in self.groups
+            if (ranks := tensors.get(f"ranks:{group}")) is not None
+        }
 
     def report(self) -> dict[str, Any]:
-        return {"importance": self.scores, "kept": {name: kept.left.count for name, kept in self.kept.items()}}
+        kept = {g: dict(zip(names, self.kept[g].ranks.tolist(), strict=True))
+                for g, names in self.groups.items() if g in self.kept}  # fmt: skip
+        return {"importance": self.scores, "kept": {name: k for each in kept.values() for name, k in each.items()}}
 
 
 class AdaptiveSVD(Learner):
