@@ -285,7 +285,8 @@ def _pages(rule: Rule, lesson: Lesson, held: dict[str, Tensor], blocks: Blocks) 
     left = torch.stack([t[..., -1] for t in (into, carry, along) if t is not None], 1)
     parts = {"q": q, "k": k, "v": v, "bound": bound, "into": into, "carry": carry, "along": along, "left": left}
     parts |= {"within": within, "heap": heap, "take": take, "share": within[..., -1, :], "pile": heap[..., -1, :]}
-    columns = {name: [None] * blocks.count if t is None else t.unbind(0) for name, t in parts.items()}
+    # Laid out by block once, not in every product that they go into.
+    columns = {n: [None] * blocks.count if t is None else t.contiguous().unbind(0) for n, t in parts.items()}
     return [Page(**{name: column[n] for name, column in columns.items()}) for n in range(blocks.count)]  # type: ignore[arg-type]
 
 
