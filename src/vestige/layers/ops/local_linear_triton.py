@@ -360,4 +360,5 @@ def local_linear_cuda(
     q, k, v = (t.to(query.dtype).contiguous() for t in (query, key, value))
     seen = None if valid is None else valid.contiguous().view(torch.uint8)
     number = None if sequence is None else sequence.int().contiguous()
-    return _Estimate.apply(q, k, v, seen, number, scaling, ridge, iterations)  # type: ignore[no-any-return]
+    with torch.cuda.device_of(query):
+        return _Estimate.apply(q, k, v, seen, number, scaling, ridge, iterations)  # type: ignore[no-any-return]

@@ -449,7 +449,7 @@ def recurrence_cuda(drive: Drive, state: Tensor | None, starts: Tensor | None) -
         """Filled up to whole chunks."""
         return (F.pad(tensor, [0, 0] * (tensor.dim() - 2) + [0, missing]) if missing else tensor).contiguous()
 
-    with torch.autocast(drive.v.device.type, enabled=False):
+    with torch.cuda.device_of(drive.v), torch.autocast(drive.v.device.type, enabled=False):
         kind = drive.v.dtype
         q, k = (whole(serve(t, heads, 2).to(kind)) for t in (drive.q, drive.k))
         decay = drive.decay

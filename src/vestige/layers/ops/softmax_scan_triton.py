@@ -204,5 +204,6 @@ def softmax_scan_cuda(
     scores = scores.transpose(1, 2).contiguous()
     pool = Pool.empty(values[:, 0].float()) if before is None else before
     sequence = None if starts is None else starts.cumsum(1, dtype=torch.int32)
-    out, *after = _Scan.apply(scores, values.contiguous(), *(t.float().contiguous() for t in pool), sequence)
+    with torch.cuda.device_of(values):
+        out, *after = _Scan.apply(scores, values.contiguous(), *(t.float().contiguous() for t in pool), sequence)
     return out, Pool(*after)

@@ -148,5 +148,6 @@ def update_cuda(
     """
     parts = [t.flatten(0, 1).contiguous() for t in (total, surprise, inputs, slope)]
     weights = [t.flatten(0, 1).contiguous() for t in (share, heap)]
-    new = _Update.apply(*parts, gates.flatten(1).contiguous(), *weights)
+    with torch.cuda.device_of(total):
+        new = _Update.apply(*parts, gates.flatten(1).contiguous(), *weights)
     return new[0].view_as(total), new[1].view_as(surprise)
