@@ -7,6 +7,9 @@ and five sentences over and over. For each policy: how often the whole answer co
 tokens is held over all heads, and what share in those that look at the answer when it is asked for. Then the same once
 more with the answer's tokens kept by force: whether it is their loss alone that costs the answer.
 
+Policies that keep every entry and read few of them are fed the question token by token; for them it is what they read
+of the answer, in the layers that choose, as its tokens are to be said.
+
 Results are kept as they come; an interrupted run goes on where it was.
 """
 
@@ -19,11 +22,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from quality import answer_in_steps, contenders
 
 import vestige
 from vestige.context.cache import KeptCache
 from vestige.context.policy import CachePolicy
+from vestige.context.select.base import Select
+from vestige.context.select.longheads import LongHeads
 from vestige.context.together import Together
+from vestige.errors import SpecError
+from vestige.evidence.budgets import evicts
 from vestige.evidence.engine.reading import read
 from vestige.evidence.tasks.needle import Needle, NeedlePrompt, context_batch, recite
 
@@ -110,6 +118,90 @@ def look_into(
     return rows
 
 
+def watched(policy: Select, prompts: list[NeedlePrompt], seen: dict[int, torch.Tensor]) -> Select:
+    """The policy, which notes for each layer that chooses what share of the answer a token reads in each head.
+
+    Prompts are answered one by one: ``seen`` holds their number as ``-1``.
+    """
+
+    class Watched(type(policy)):  # type: ignore[misc]
+        def read(self, entries: Any, look: Any, step: Any) -> Any:
+            reading = super().read(entries, look, step)
+            if reading is not None:
+                answer = entries.keys[0, :, slice(*prompts[int(seen[-1])].answer_span)]
+                keys = torch.cat([part for _, part in reading.parts], dim=2)[0]
+                same = (keys[:, :, None] == answer[:, None]).all(-1)  # keys differ wherever they stand
+                if reading.valid is not None:
+                    same &= reading.valid[0, :, :, None]
+                seen[entries.index] = same.any(1).float().mean(-1)
+            return reading
+
+    class WatchedChunks(type(policy)):  # type: ignore[misc]
+        def _choose(self, entries: Any, text: Any, first: int, last: int) -> torch.Tensor:
+            chosen = super()._choose(entries, text, first, last)
+            answer = torch.arange(*prompts[int(seen[-1])].answer_span, device=chosen.device) // self.chunk
+            seen[entries.index] = (chosen[0, :, 0, :, None] == answer).any(1).float().mean(-1)
+            return chosen
+
+    cls = WatchedChunks if isinstance(policy, LongHeads) else Watched
+    return cls(**{name: getattr(policy, name) for name in policy.parameters()})
+
+
+def answers_read(
+    model: Any, policy: Select, cache: KeptCache, prompts: list[NeedlePrompt], heads: torch.Tensor
+) -> dict[str, float]:
+    """What is read of the answers as they are to be said, in all heads of the layers that choose, and in those heads
+    that look."""
+    everywhere, where_looked = [], []
+    for row, prompt in enumerate(prompts):
+        seen: dict[int, torch.Tensor] = {-1: torch.tensor(row)}
+        mine = cache.fork()
+        mine.batch_select_indices(torch.tensor([row], device=model.device))
+        mine.policy = watched(policy, prompts, seen)
+        for number, token in enumerate(prompt.question_ids + prompt.answer_ids[:-1], start=1):
+            model(torch.tensor([[token]], device=model.device), past_key_values=mine, use_cache=True)
+            if number >= len(prompt.question_ids):
+                layers = sorted(layer for layer in seen if layer >= 0)
+                shares = torch.stack([seen[layer] for layer in layers])
+                everywhere.append(shares.mean())
+                where_looked.append(shares[heads[layers].to(shares.device)].mean())
+    return {
+        "answer_read": float(torch.stack(everywhere).mean()),
+        "answer_read_where_looked_for": float(torch.stack(where_looked).mean()),
+    }
+
+
+@torch.inference_mode()
+def look_into_alone(
+    model: Any, name: str, policy: CachePolicy, prompts: list[NeedlePrompt], heads: torch.Tensor, budget: int
+) -> dict[str, Any]:
+    """The same of a policy that needs a pass of its own, or whose heads go by rules."""
+    with read(model, (policy,), context_batch(prompts, model.device)) as reading:
+        cut = reading.cache(0, budget if evicts(policy) else None)
+        share = held(cut, prompts)
+        row = {"answer_held": float(share.mean()), "answer_held_where_looked_for": float(share[heads].mean())}
+        if isinstance(policy, Select):
+            found = answer_in_steps(model, prompts, cut)
+            row |= answers_read(model, policy, cut, prompts, heads)
+        else:
+            found = [recital.found for recital in recite(model, prompts, cut)]
+    by_depth = {str(depth): sum(f := found[n :: len(DEPTHS)]) / len(f) for n, depth in enumerate(DEPTHS)}
+    row = {"found": sum(found) / len(found), **row, "by_depth": by_depth}
+    print(name, row, flush=True)
+    return row
+
+
+def others(length: int) -> list[tuple[str, CachePolicy]]:
+    """Those of the quality benchmark that are not among the policies above, at half the cache."""
+    found = [
+        (one.name, one.policy)
+        for one in contenders(length, alone=True)
+        if one.name not in (*POLICIES, "pyramid(snapkv)", "adaptive(snapkv)", "adaptive(a2sf)")
+        and one.budget in (None, length // 2)
+    ]
+    return [*found, ("think(full)", vestige.method("think", ratio=0.5))]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, required=True)
@@ -119,11 +211,9 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     given = parser.parse_args()
     model, tokenizer = vestige.models.load(given.model, dtype="float32", device=given.device)
-    result = (
-        json.loads(given.out.read_text())
-        if given.out.exists()
-        else {"length": given.length, "budget": (given.length + 1) // 2}
-    )
+    result: dict[str, Any] = {"length": given.length, "budget": (given.length + 1) // 2}
+    if given.out.exists():
+        result = json.loads(given.out.read_text())
     with tempfile.TemporaryDirectory() as folder:
         repeated = Path(folder) / "repeated.txt"
         repeated.write_text(" ".join([REPEATED] * 400))
@@ -133,14 +223,30 @@ def main() -> None:
                 for seed in range(given.seeds)
                 for depth in DEPTHS
             ]
-            if filler in result:
-                continue
-            heads = looking_heads(model, prompts[: len(DEPTHS)])
-            rows = result[filler] = {"looking heads": heads.nonzero().tolist()}
-            rows.update(look_into(model, list(POLICIES), prompts, heads, result["budget"]))
-            part = given.out.with_suffix(".part")
-            part.write_text(json.dumps(result, indent=1) + "\n")
-            part.replace(given.out)
+            rows = result.setdefault(filler, {})
+            if "looking heads" not in rows:
+                heads = looking_heads(model, prompts[: len(DEPTHS)])
+                rows["looking heads"] = heads.nonzero().tolist()
+                rows.update(look_into(model, list(POLICIES), prompts, heads, result["budget"]))
+                store(result, given.out)
+            heads = torch.zeros(model.config.num_hidden_layers, model.config.num_key_value_heads, dtype=torch.bool)
+            for layer, head in rows["looking heads"]:
+                heads[layer, head] = True
+            for name, policy in others(given.length):
+                if name in rows:
+                    continue
+                try:
+                    rows[name] = look_into_alone(model, name, policy, prompts, heads, result["budget"])
+                except SpecError as error:  # a plan that was fitted on another model
+                    print(f"left out: {error}")
+                store(result, given.out)
+
+
+def store(result: dict[str, Any], out: Path) -> None:
+    """Write a file anew, or not at all."""
+    part = out.with_suffix(".part")
+    part.write_text(json.dumps(result, indent=1) + "\n")
+    part.replace(out)
 
 
 if __name__ == "__main__":

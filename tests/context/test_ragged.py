@@ -38,6 +38,15 @@ class Rule(Ranking):
         return [[4, 9, ALL] for _ in real]
 
 
+IN_USE = []  # layers do not hold the cache that they are part of
+
+
+@pytest.fixture(autouse=True)
+def caches_in_use():
+    yield
+    IN_USE.clear()
+
+
 def dense(policy=None, seed=0, seen=SLOTS):
     """A layer of a cache, with one entry missing here and there."""
     draw = torch.Generator().manual_seed(seed)
@@ -51,6 +60,7 @@ def dense(policy=None, seed=0, seen=SLOTS):
     cache.real = [seen] * ROWS
     kept = torch.rand(ROWS, HEADS, SLOTS, generator=draw) < torch.tensor([0.3, 0.6, 0.9])[:, None]
     kept[..., -1] = True
+    IN_USE.append(cache)
     return layer, kept
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 __all__ = ["TOKENS", "in_blocks"]
 
-TOKENS = 4096  # of all rows of the batch: enough to use a GPU to the full
+TOKENS = 2048  # of all rows of the batch: enough to use a GPU to the full
 
 
 def in_blocks(forward: Callable[..., Any]) -> Callable[..., Any]:

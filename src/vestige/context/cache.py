@@ -122,6 +122,9 @@ class KeptCache(Cache):
             twin.layers[index] = other
         return twin
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> KeptCache:
+        return self.fork()
+
     def cut(self, budget: int | float | None = None) -> KeptCache:
         """A copy that holds ``budget`` entries per head, ranked as the policy ranks them, and drops no more after.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -89,6 +90,18 @@ class KeptLayer(CacheLayerMixin):
         self.is_initialized = True
 
     @property
+    def cache(self) -> KeptCache:
+        """The cache that the layer is part of, which is not held: it goes, with all that it holds, when its user lets
+        it go."""
+        cache = self._cache()
+        assert cache is not None, "a layer is used within its cache"
+        return cache
+
+    @cache.setter
+    def cache(self, cache: KeptCache) -> None:
+        self._cache = weakref.ref(cache)
+
+    @property
     def slots(self) -> int:
         """Entries held per head, empty slots included."""
         return self.keys.shape[2] if self.is_initialized else 0
@@ -144,8 +157,13 @@ class KeptLayer(CacheLayerMixin):
             # The heads' positions are one at first; each head will write its own.
             self.positions = new.contiguous() if held == 0 else torch.cat([self._positions(held), new], dim=2)
         self._store(step, keys, values)
+        self._note_nothing(held + count)
+
+    def _note_nothing(self, slots: int) -> None:
+        """Let the state be that of so many slots: of the last ones nothing is known yet."""
         for name, tensor in self.state.items():
-            self.state[name] = torch.nn.functional.pad(tensor, (0, count))
+            if tensor.shape[2] < slots:
+                self.state[name] = torch.nn.functional.pad(tensor, (0, slots - tensor.shape[2]))
 
     def _store(self, step: Step, keys: Tensor, values: Tensor) -> None:
         """Put new keys and values after the others."""
@@ -255,6 +273,7 @@ class KeptLayer(CacheLayerMixin):
         """
         if not self.is_initialized:
             return
+        self._note_nothing(self.slots)  # of entries that a captured step has appended
         real = self.cache.real
         allowed = self._allowed(budgets, real)
         by_head = self._ranking.head_budgets(real, self.index)
