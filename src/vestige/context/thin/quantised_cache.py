@@ -57,10 +57,11 @@ class QuantisedCache(Thin):
         return None  # rounding always changes something
 
     def encode(self, layer: CompactLayer, keys: Tensor, values: Tensor) -> Form:
-        form = {}
-        for name, states in (("keys", keys), ("values", values)):
-            form[name], form[f"{name} scale"] = quantise(states, self.bits, self.group)
-        return form
+        if keys.shape == values.shape:  # at once: with few entries it is the number of operations that counts
+            codes, scales = quantise(torch.stack([keys, values]), self.bits, self.group)
+        else:
+            codes, scales = zip(*(quantise(states, self.bits, self.group) for states in (keys, values)), strict=True)
+        return {"keys": codes[0], "keys scale": scales[0], "values": codes[1], "values scale": scales[1]}
 
     def decode(self, layer: CompactLayer, form: Form) -> tuple[Tensor, Tensor]:
         exact = torch.promote_types(layer.dtype, torch.float32)
@@ -220,9 +221,9 @@ def _pack(codes: UInt8[Tensor, "... dim"], bits: int) -> UInt8[Tensor, "... byte
     if each == 1:
         return codes
     parts = _grouped(codes, each)
-    packed = torch.zeros_like(parts[..., 0])
-    for number in range(each):
-        packed |= parts[..., number] << bits * number
+    packed = parts[..., 0]
+    for number in range(1, each):
+        packed = packed + parts[..., number] * 2 ** (bits * number)
     return packed
 
 
