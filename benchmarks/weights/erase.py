@@ -61,9 +61,9 @@ LOOKED_AT = {"pictures": 300, "facts": 120}  # rows of a set, at most
 FINETUNE, ERASED, TUNING = "finetune", "erased", 100
 # Forms of methods that are worth a row beside the one with the settings of the certificate.
 FORMS: dict[str, list[dict[str, Any]]] = {"ssd": [{"estimator": "per-example"}]}
-# Of facts: what stays the same, and what is chosen from. A trained model answers two fifths of the tokens of facts that
-# it was not taught: the ends of answers, and what is easily guessed.
-STEPPED = {"epochs": 10, "check_every": 2, "target": 0.4, "tolerance": 0.25}
+# Of facts: what stays the same, and what is chosen from. Three quarters of the tokens of answers that it was not taught
+# a trained model has right: the ends of answers, what it knew before, and what is easily guessed.
+STEPPED = {"epochs": 10, "check_every": 2, "target": 0.75, "tolerance": 0.25}
 RATES = [{"learning_rate": rate} for rate in (1e-5, 3e-5, 1e-4)]
 GRIDS: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
     "npo": (STEPPED, RATES),
@@ -72,7 +72,7 @@ GRIDS: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
     "salun": ({}, [{"eraser": {"name": "random-label-forgetting", **STEPPED, **rate}} for rate in RATES]),
     "ssd": ({}, [{"dampening": value} for value in (0.1, 0.5, 1.0)]),
     "iau": ({"tolerance": 0.25}, [{"step": step} for step in (1e-5, 3e-5, 1e-4)]),
-    "gs-lora": (STEPPED, [{"learning_rate": rate} for rate in (3e-4, 1e-3, 3e-3)]),
+    "gs-lora": (STEPPED, [{"learning_rate": rate} for rate in (1e-3, 3e-3, 1e-2)]),
 }
 # By which a result is held against the model trained again.
 COMPARED = ("forget accuracy", "paraphrases accuracy", "retain accuracy", "unseen accuracy")

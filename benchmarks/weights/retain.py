@@ -73,11 +73,11 @@ LANGUAGE_FORMS: dict[str, list[dict[str, Any]]] = {
         {"l2": 0.1, "prediction": 0, "head": "softmax"},
         {"ewc": 100, "prediction": 0, "head": "softmax", "fisher_rows": 64},
     ],
-    "gere": [{"weight": 1}, {"weight": 0}],
     "sefe": [],
-    "s3ft": [{"tokens": 16}],
-    "fpf": [],
     "adaptive-svd": [],
+    "gere": [{"weight": 1}, {"weight": 0}],
+    "fpf": [],
+    "s3ft": [{"tokens": 16}],
 }
 
 
