@@ -47,21 +47,22 @@ __all__ = [
 
 # Forms that are worth a row beside the one with the defaults: what a memory costs that looks at its errors more rarely.
 FORMS = ("titans(refresh=64)", "atlas(by_block=true)", "memora(by_block=true)", "moneta(by_block=true)")
-LONG, VERY_LONG = 4.0, 40.0  # seconds; a call that takes longer is not repeated; where kernels may yet be compiled
+LONG = 4.0  # seconds; a call that takes longer is not repeated
 WIDE = 64  # heads wider than this make too many features of pairs of channels; powers of channels are taken then
 
 
 class Watch:
     """Times calls: one to warm up, then as many as fit into some seconds, at least one. What takes very long is called
-    once; ``warm`` says that its kernels have been compiled, so that a call need not be as long for that."""
+    once, unless its kernels may have had to be compiled (``warm`` says that they have been)."""
 
     def __init__(self, device: str, repeats: int, cap: float) -> None:
-        self.device, self.repeats, self.cap, self.warm = device, repeats, cap, False
+        self.device, self.repeats, self.cap, self.warm = device, repeats, cap, device == "cpu"
 
     def __call__(self, function: Callable[[], Any]) -> float:
         """Median milliseconds of a call, from its start to its last kernel's end."""
         spans: list[float] = []
-        if (first := self._once(function)) > (LONG if self.warm else VERY_LONG):
+        first = self._once(function)
+        if self.warm and first > LONG:
             return 1e3 * first
         while len(spans) < self.repeats and (not spans or sum(spans) + spans[-1] <= self.cap):
             spans.append(self._once(function))

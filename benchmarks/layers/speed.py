@@ -6,8 +6,9 @@
 ``--compare attention``: bf16 on CUDA, 16 heads of 128, as many rows of each length as make 32k tokens, forward, and
 forward with backward. What is timed is the operator, without projections, against PyTorch's attention (``op``); of
 mixers that are more than one operator the whole layer, against the whole layer of ``softmax`` (``layer``). ``ours`` is
-what a layer runs, by whichever kernel is chosen for it; ``own`` is the portable path in PyTorch; ``fla`` is
-flash-linear-attention called directly, where it has the operator; a backward pass that it refuses is left out.
+what a layer runs, by whichever kernel is chosen for it; ``own`` is the portable path in PyTorch; ``kernels`` are those
+of this package where flash-linear-attention would be chosen; ``fla`` is the latter called directly, where it has the
+operator; a backward pass that it refuses is left out. It compiles for minutes: ``--paths`` chooses.
 
 ``--compare steps``: float32, 2k tokens, whole layers: a text at once against one token after the other. These are timed
 over a few tokens after some that fill the state, for a token costs the same wherever it stands. Mixers that hold more
@@ -24,6 +25,7 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from measuring import (
@@ -78,7 +80,9 @@ class Case:
             return ["ours"]
         with torch.no_grad():
             served = self.drive is not None and fla.serves(self.drive)
-        return ["own", "fla", "ours"] if served else ["own", "ours"]
+        shared = name == "lizard" or (self.drive is not None and self.drive.beta is None)
+        kernels = ["kernels"] if shared else []
+        return ["own", *kernels, *(["fla"] if served else []), "ours"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,6 +194,9 @@ def timed(case: Case, path: str, watch: Watch) -> dict[str, Any]:
     if path == "own":
         with portable():
             return watch.both(case.run, case.leaves)
+    if path == "kernels":
+        with mock.patch.object(fla, "serves", lambda drive: False):
+            return watch.both(case.run, case.leaves)
     if path == "ours":
         return watch.both(case.run, case.leaves)
     if fla.serves(case.drive):  # type: ignore[arg-type]
@@ -221,7 +228,9 @@ def beside_attention(args: argparse.Namespace, sheet: Sheet, clock: Clock) -> No
         if clock.over:
             return
         which = {"mixer": name, "what": what, "length": length}
-        if (what == "layer" and name != "softmax" and name not in whole) or sheet.has(**which, done=True):
+        if (what == "layer" and name != "softmax" and name not in whole) or (
+            sheet.has(**which, done=True) and not args.paths
+        ):
             continue
         dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
         sizes = Sizes(max(1, args.tokens // length), length, args.heads, args.dim, args.device, dtype)
@@ -234,7 +243,9 @@ def beside_attention(args: argparse.Namespace, sheet: Sheet, clock: Clock) -> No
         for path in paths:
             if too_slow(sheet, name, path) or sheet.has(**which, path=path):
                 continue
-            watch.warm = sheet.has(mixer=name, what=what, path=path)
+            if args.paths and path not in args.paths and name != "softmax":
+                continue
+            watch.warm = args.device == "cpu" or sheet.has(mixer=name, what=what, path=path)
             found = failed or attempt(lambda path=path, case=case: timed(case, path, watch))
             row = {**which, "path": path, "batch": sizes.batch}
             if case is not None and case.settings:
@@ -293,6 +304,7 @@ def main() -> None:
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--compare", choices=["attention", "steps"], default="attention")
     parser.add_argument("--only", nargs="*", default=[], help="mixers, as blocks of a model are named")
+    parser.add_argument("--paths", nargs="*", default=[], choices=["own", "kernels", "fla", "ours"])
     parser.add_argument("--lengths", type=int, nargs="+", help="default: 2k, 8k, 32k; 2k with --compare steps")
     parser.add_argument("--tokens", type=int, default=32768, help="in all rows together, against attention")
     parser.add_argument("--heads", type=int, help="default: 16; 8 with --compare steps")
