@@ -12,6 +12,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS, PAGE = ROOT / "benchmarks" / "layers", ROOT / "docs" / "layers.md"
 Rows = list[dict[str, Any]]
+PATHS = ("ours", "fla", "kernels", "own")  # in the order in which a layer would take them
+WORDS = {"fla": "fla", "kernels": "kernels of ours", "own": "portable"}
 
 
 def rows_of(name: str) -> Rows:
@@ -41,27 +43,26 @@ def pair(row: dict[str, Any] | None) -> str:
 
 
 def against_attention() -> list[str]:
-    """One row per mixer: ours at every length, the portable path and flash-linear-attention at the longest shared."""
+    """One row per mixer: what a layer runs at every length; and at the shortest, by what it can be computed."""
     rows = rows_of("speed-h100")
     lengths = sorted({row["length"] for row in rows})
     found = {(row["mixer"], row["what"], row["path"], row["length"]): row for row in rows}
-    ours = [(what, mixer) for mixer, what, path, length in found if path == "ours" and length == lengths[0]]
+    cases = dict.fromkeys((row["what"], row["mixer"]) for row in rows)
 
-    def cost(key: tuple[str, str]) -> tuple[str, float]:
-        row = found[key[1], key[0], "ours", lengths[0]]
-        return ("" if key[0] == "op" else key[0], row.get("both_ms") or float("inf"))
+    def taken(what: str, mixer: str, length: int) -> dict[str, Any] | None:
+        """What a layer runs: the row that says so, or that of the path which it would take."""
+        return next((r for path in PATHS if (r := found.get((mixer, what, path, length)))), None)
+
+    def cost(case: tuple[str, str]) -> tuple[bool, float]:
+        row = taken(*case, lengths[0]) or {}
+        return case[0] != "op", row.get("both_ms") or 1000 * row.get("forward_ms", 1.0)
 
     names = [f"{length // 1024}k" for length in lengths]
-    lines = ["| mixer | what | " + " | ".join(f"{name}, ms" for name in names) + " | portable | fla |"]
-    lines.append("|---|---|" + "---|" * len(names) + "---|---|")
-    for what, mixer in sorted(ours, key=cost):
-        cells = [pair(found.get((mixer, what, "ours", length))) for length in lengths]
-        for path in ("own", "fla"):
-            seen = [
-                length for length in lengths if "error" not in found.get((mixer, what, path, length), {"error": ""})
-            ]
-            longest = max(seen, default=None)
-            cells.append(f"{pair(found[mixer, what, path, longest])} ({longest // 1024}k)" if longest else "")
+    by = [f"{WORDS[path]}, {names[0]}" for path in PATHS[1:]]
+    lines = ["| mixer | what | " + " | ".join([*names, *by]) + " |", "|---" * (2 + len(names) + len(by)) + "|"]
+    for what, mixer in sorted(cases, key=cost):
+        cells = [pair(taken(what, mixer, length)) for length in lengths]
+        cells += [pair(found.get((mixer, what, path, lengths[0]))) for path in PATHS[1:]]
         lines.append(f"| `{mixer}` | {'operator' if what == 'op' else 'layer'} | " + " | ".join(cells) + " |")
     return lines
 
