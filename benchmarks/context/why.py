@@ -137,8 +137,8 @@ def watched(policy: Select, prompts: list[NeedlePrompt], seen: dict[int, torch.T
             return reading
 
     class WatchedChunks(type(policy)):  # type: ignore[misc]
-        def _choose(self, entries: Any, text: Any, first: int, last: int) -> torch.Tensor:
-            chosen = super()._choose(entries, text, first, last)
+        def _choose(self, entries: Any, text: Any, near: Any) -> torch.Tensor:
+            chosen = super()._choose(entries, text, near)
             answer = torch.arange(*prompts[int(seen[-1])].answer_span, device=chosen.device) // self.chunk
             seen[entries.index] = (chosen[0, :, 0, :, None] == answer).any(1).float().mean(-1)
             return chosen

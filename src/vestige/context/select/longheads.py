@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import ClassVar
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from vestige.context.attention import Look, Reading
@@ -127,41 +127,37 @@ class LongHeads(Select):
 
     def _attend(self, entries: KeptLayer, text: _Text, first: int, last: int) -> Float[Tensor, "batch count heads dim"]:
         """Choose chunks for some queries, and attend to them."""
-        chosen = self._choose(entries, text, first, last)
+        at = text.near(first, last, self.chunks, self.chunk)
+        chosen = self._choose(entries, text, at)
         query = grouped(text.look.query[:, :, first:last], entries.keys.shape[1])
-        asked = text.asked[:, None, first:last, None]
-        place = torch.arange(self.chunks, device=chosen.device)
-        moved = (self.chunks - 1 - place + chosen - asked.clamp_min(0) // self.chunk) * self.chunk
         turned = query.permute(0, 1, 3, 2, 4)[:, :, :, None].expand(-1, -1, -1, self.chunks, -1, -1)
+        starts = chosen * self.chunk
         if entries.cache.rotary is not None:
-            turned = entries.cache.rotary.apply(turned, entries.cache.rotary.phase(moved[..., None], turned))
-        positions = chosen[..., None] * self.chunk + torch.arange(self.chunk, device=chosen.device)
+            moved = (starts + at.shift)[..., None]
+            turned = entries.cache.rotary.apply(turned, entries.cache.rotary.phase(moved, turned))
+        positions = starts[..., None] + at.inside
         keys, values = text.entries_at(positions)
         logits = turned @ keys.mT * text.look.scaling
         if text.look.softcap is not None:
             logits = text.look.softcap * torch.tanh(logits / text.look.softcap)
-        logits = logits.masked_fill((positions > asked[..., None])[..., None, :], float("-inf"))
+        later = positions > at.asked[:, None, :, None, None]
+        logits = logits.masked_fill(later[..., None, :], float("-inf"))
         exact = torch.promote_types(logits.dtype, torch.float32)
         share = logits.transpose(3, 4).flatten(-2).softmax(dim=-1, dtype=exact).nan_to_num()
         output = share.to(values.dtype) @ values.flatten(3, 4)
         return output.transpose(1, 2).flatten(2, 3)
 
-    def _choose(self, entries: KeptLayer, text: _Text, first: int, last: int) -> Int[Tensor, "batch kv count chunks"]:
+    def _choose(self, entries: KeptLayer, text: _Text, at: _Near) -> Int[Tensor, "batch kv count chunks"]:
         """The chunks that some queries attend to, in the order of the text."""
-        query = text.look.query[:, :, first:last]
-        asked = text.asked[:, first:last]
-        rotary, shared = entries.cache.rotary, text.step.shared
-        if rotary is not None:
-            place = f"from {first} to {last} on {query.device}"  # which is the same in all layers
-            if place not in shared:
-                shared[place] = rotary.phase(-asked[:, None], query)
-            query = rotary.apply(query, shared[place])
+        query = text.look.query[:, :, at.first : at.last]
+        if entries.cache.rotary is not None:
+            if at.back is None:
+                at.back = entries.cache.rotary.phase(-at.asked[:, None], query)
+            query = entries.cache.rotary.apply(query, at.back)
         score = (query @ entries.aside["chunks"].mT).unflatten(1, (entries.keys.shape[1], -1)).mean(dim=2)
-        own = (asked.clamp_min(0) // self.chunk)[:, None, :, None].expand(*score.shape[:3], 1)
-        middle = torch.arange(score.shape[3], device=score.device)
-        between = (middle > 0) & (middle < own - 1)
-        best = score.masked_fill(~between, float("-inf")).topk(self.chunks - FORCED, dim=3).indices
-        return torch.cat([torch.zeros_like(own), best, own - 1, own], dim=3).clamp_min(0).sort(dim=3).values
+        best = score.masked_fill(at.forced_or_later(score.shape[3]), float("-inf")).topk(self.chunks - FORCED, dim=3)
+        own = at.own[:, None, :, None].expand(*score.shape[:3], 1)
+        return torch.cat([torch.zeros_like(own), best.indices, own - 1, own], dim=3).clamp_min(0).sort(dim=3).values
 
     def _represent(self, entries: KeptLayer, look: Look, step: Step) -> None:
         """Represent the chunks that the step completes, and remember the queries of those that it does not."""
@@ -218,6 +214,34 @@ class LongHeads(Select):
         return Reading(((mean, keys),), keys).attend(text.look)[0][:, 0]
 
 
+class _Near:
+    """Some queries of a chunk and the chunks of the text about them: the same in all layers.
+
+    Attributes:
+        asked: ``(batch, count)`` positions of the queries.
+        own: ``(batch, count)`` the chunk that each is in.
+        shift: ``(batch, 1, count, chunks)`` by how much the distance to a chunk changes, beside where it starts.
+        inside: ``(chunk,)`` positions within a chunk.
+        back: the phase of a turn back to position 0, once it has been asked for.
+    """
+
+    def __init__(self, asked: Tensor, first: int, last: int, chunks: int, chunk: int) -> None:
+        self.first, self.last, self.asked = first, last, asked[:, first:last]
+        self.own = self.asked.clamp_min(0) // chunk
+        place = torch.arange(chunks - 1, -1, -1, device=asked.device)
+        self.shift = (place - self.own[:, None, :, None]) * chunk
+        self.inside = torch.arange(chunk, device=asked.device)
+        self.back: tuple[Tensor, Tensor] | None = None
+        self._apart: Tensor | None = None
+
+    def forced_or_later(self, known: int) -> Bool[Tensor, "batch 1 count chunks"]:
+        """Of the chunks known, those that are read in any case, or end after the one before a query's own."""
+        if self._apart is None:
+            chunk = torch.arange(known, device=self.own.device)
+            self._apart = (chunk == 0) | (chunk >= self.own[:, None, :, None] - 1)
+        return self._apart
+
+
 class _Text:
     """A layer's entries by their positions in the text, and the positions of the queries."""
 
@@ -228,20 +252,32 @@ class _Text:
         if entries.valid() is not None:
             held = entries._positions(entries.slots)[:, 0]
             self.slots = held.masked_fill(held == EMPTY, held.shape[1]).argsort(dim=1, stable=True)
-        if step.positions is None:
-            self.asked = torch.arange(step.start, step.start + step.count, device=device).expand(len(step.real), -1)
-        else:
-            self.asked = step.positions
+        asked = step.positions
+        if asked is None:
+            known = f"asked on {device}"
+            if known not in step.shared:
+                every = torch.arange(step.start, step.start + step.count, device=device)
+                step.shared[known] = every.expand(len(step.real), -1)
+            asked = step.shared[known]
+        self.asked: Tensor = asked
+
+    def near(self, first: int, last: int, chunks: int, chunk: int) -> _Near:
+        """What the layers have in common about some of the queries."""
+        known = f"from {first} to {last} on {self.look.query.device}"
+        if known not in self.step.shared:
+            self.step.shared[known] = _Near(self.asked, first, last, chunks, chunk)
+        return self.step.shared[known]
 
     def entries_at(
         self, positions: Int[Tensor, "rows kv ..."], rows: Int[Tensor, " rows"] | None = None
     ) -> tuple[Tensor, Tensor]:
         """Keys and values ``(rows, kv, ..., dim)`` at some positions; anything where the text ends before."""
         entries = self.entries
-        every = torch.arange(entries.keys.shape[0], device=positions.device) if rows is None else rows
         extra = [1] * (positions.dim() - 1)
         slots = positions.clamp_max(entries.slots - 1)
-        row = every.view(-1, *extra)
+        if self.slots is not None or rows is not None:
+            every = torch.arange(entries.keys.shape[0], device=positions.device) if rows is None else rows
+            row = every.view(-1, *extra)
         if self.slots is not None:
             slots = self.slots[row, slots]
         if rows is None:
