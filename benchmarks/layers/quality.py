@@ -83,6 +83,7 @@ def recall_cells(given: argparse.Namespace) -> Iterator[dict[str, Any]]:
         "steps": given.steps,
         "rows": given.rows,
         "rate": given.rate,
+        "layers": 2,
         "heads": 2,
     }
     rounds = (
