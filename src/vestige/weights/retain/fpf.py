@@ -169,9 +169,9 @@ class FPF(Learner):
     verdict = Verdict(
         "not reproduced",
         "split digits, class-incremental, small ViT: FPF ends above fine-tuning on each of six seeds, but not far "
-        "above on each: 45%, 74%, 17% right on seeds 0-2 and 62%, 49%, 41% on seeds 10-12, where fine-tuning ends at 20%, "
-        "18%, 16% and 18%, 17%, 32%. On another machine (torch 2.11, seeds 0-2) both are far above: FPF 78%, 79%, 43%, "
-        "k-FPF with six repairs 88%, 71%, 87%, fine-tuning 33%, 27%, 16%",
+        "above on each: 45%, 74%, 17% right on seeds 0-2 and 62%, 49%, 41% on seeds 10-12, where fine-tuning ends at "
+        "20%, 18%, 16% and 18%, 17%, 32%. On another machine (torch 2.11, seeds 0-2) both are far above: FPF 78%, 79%, "
+        "43%, k-FPF with six repairs 88%, 71%, 87%, fine-tuning 33%, 27%, 16%",
     )
 
     size: int = param(200, "examples kept at most", ge=1)
