@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import time
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -149,6 +150,9 @@ class Grid:
         else:
             prompts, text = [needle.build(self.tokenizer) for needle in needles(task, length, seed)], None
             ids = context_batch(prompts, self.model.device)
+        # The text depends on the version of Python, whose reference it is: rows of one text alone can be compared.
+        own = {"depths": DEPTHS} if text is None else {"text": zlib.crc32(repr(text.tolist()).encode())}
+        about = {"name": task, "length": length, **own}
         by_policy: dict[CachePolicy, list[Contender]] = {}
         for one in missing:  # what differs by its budget alone shares a pass
             once = one.policy.replace(when="prefill") if hasattr(one.policy, "when") else one.policy
@@ -167,18 +171,18 @@ class Grid:
                             score = sum(answer_in_steps(self.model, prompts, cache)) / len(prompts)
                         else:
                             score = sum(recital.found for recital in recite(self.model, prompts, cache)) / len(prompts)
-                        self._store(one, task, length, seed, held, score)
+                        self._store(one, about, length, seed, held, score)
             except SpecError as error:  # a plan that was fitted on another model
                 print(f"left out: {error}")
 
-    def _store(self, one: Contender, task: str, length: int, seed: int, held: int, score: float) -> None:
-        place = {} if task == "perplexity" else {"depths": DEPTHS}
+    def _store(self, one: Contender, about: dict[str, Any], length: int, seed: int, held: int, score: float) -> None:
+        task = about["name"]
         self.ledger.append(
             {
                 "study": "quality",
                 "method": one.policy.spec(),
                 "model": self.name,
-                "task": {"name": task, "length": length, **place},
+                "task": about,
                 "seed": seed,
                 "metrics": {"policy": one.name, "budget": one.budget or length, "score": score},
                 "kv_bytes": held,

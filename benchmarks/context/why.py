@@ -108,6 +108,7 @@ def look_into(
             part.policy = forced(part.policy, prompts)
             by_force = [recital.found for recital in recite(model, prompts, part.cut(budget))]
             rows[name] = {
+                "prompts": len(prompts),
                 "found": sum(found) / len(found),
                 "answer_held": float(share.mean()),
                 "answer_held_where_looked_for": float(share[heads].mean()),
@@ -186,7 +187,7 @@ def look_into_alone(
         else:
             found = [recital.found for recital in recite(model, prompts, cut)]
     by_depth = {str(depth): sum(f := found[n :: len(DEPTHS)]) / len(f) for n, depth in enumerate(DEPTHS)}
-    row = {"found": sum(found) / len(found), **row, "by_depth": by_depth}
+    row = {"prompts": len(prompts), "found": sum(found) / len(found), **row, "by_depth": by_depth}
     print(name, row, flush=True)
     return row
 
