@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vestige.core.anatomy import Anatomy
-from vestige.core.method import Paper, param
+from vestige.core.method import Paper, Verdict, param
 from vestige.core.patch import Patch
 from vestige.errors import SpecError, UnsupportedModelError
 from vestige.weights.retain.learner import Learner, Running
@@ -280,6 +280,11 @@ class AdaptiveSVD(Learner):
         arxiv="2504.07097",
         code="https://github.com/Red-Hat-AI-Innovation-Team/orthogonal-subspace-learning",
         equations="section 3: decomposition, layer importance, retained ratio and projected gradient",
+    )
+    verdict = Verdict(
+        "reproduced",
+        "split digits, task known, small ViT, 3 seeds (torch 2.11): 90%, 63%, 91% right at the end, where fine-tuning "
+        "ends at 76%, 62%, 79%; where the task is not known both end at 19%",
     )
 
     least: float = param(0.1, "share of directions kept in a layer of no importance", ge=0, le=1)

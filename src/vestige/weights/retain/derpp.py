@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn import functional as F
 
-from vestige.core.method import Paper, param
+from vestige.core.method import Paper, Verdict, param
 from vestige.errors import UnsupportedModelError
 from vestige.weights.retain.learner import Batch, Learner
 from vestige.weights.retain.replay import WithBuffer
@@ -49,6 +49,12 @@ class DerPlusPlus(Learner):
         arxiv="2004.07211",
         code="https://github.com/aimagelab/mammoth",
         equations="equations 5 and 6; Algorithm 1",
+    )
+    verdict = Verdict(
+        "reproduced",
+        "split digits, class-incremental, small ViT, 3 seeds: with room for 200 of 240 rows 85%, 65%, 79% right at the "
+        "end, where fine-tuning ends at 20%, 18%, 16%; with room for 30 rows 75%, 54%, 66%, replay 59%, 69%, 44%: more "
+        "over the seeds, less on one",
     )
 
     size: int = param(200, "examples kept at most", ge=1)
