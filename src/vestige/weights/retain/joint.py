@@ -51,8 +51,8 @@ class Joint(Learner):
     )
     verdict = Verdict(
         "reproduced",
-        "split digits, class-incremental, small ViT, 3 seeds: 94%, 97%, 95% right at the end, where fine-tuning ends at "
-        "20%, 18%, 16%",
+        "split digits, class-incremental, small ViT, 3 seeds: 94%, 97%, 95% right at the end, where fine-tuning ends "
+        "at 20%, 18%, 16%",
     )
 
     owns: ClassVar[frozenset[str]] = frozenset({"rows"})
