@@ -23,6 +23,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import re
 import tempfile
 import time
 from collections.abc import Iterator
@@ -145,7 +146,7 @@ def recall(cell: dict[str, Any], keep: str | None) -> dict[str, Any]:
 
 def found_name(cell: dict[str, Any]) -> str:
     """The mixer of a cell, as a name of a folder."""
-    return label(parse_blocks(cell["blocks"])[0][0].mixer).replace(" ", "-").replace(",", "").strip("()")
+    return re.sub(r"[^\w=]+", "-", label(parse_blocks(cell["blocks"])[0][0].mixer)).strip("-")
 
 
 def save(model: VestigeLM, cell: dict[str, Any], found: dict[str, Any], folder: Path) -> None:
