@@ -42,7 +42,7 @@ from measuring import (
 )
 from torch import Tensor
 
-from vestige.core.capture import captured
+from vestige.core.capture import captured, waits
 from vestige.layers.layout import Layout
 from vestige.layers.mixers.base import MixerLayer
 from vestige.layers.state import LayerState
@@ -88,6 +88,9 @@ def step_graph(layer: MixerLayer, x: Tensor, start: LayerState) -> Callable[[], 
         state.tensors, state.seen = dict(start.tensors), start.seen
         layer(x, layout, state)
 
+    step()
+    if waits(step):
+        raise RuntimeError("the step waits for the device")
     return captured(step, x.device).replay
 
 

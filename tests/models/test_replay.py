@@ -1,10 +1,12 @@
 """Captured steps give what plain ones give. Without a CUDA device a step is run again instead of a graph of it."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from vestige.core import capture
 from vestige.models import VestigeConfig, VestigeLM, replay
 
 BLOCKS = "gated-delta-net sliding-window(window=4) titans(refresh=4) aaren mamba2(head_dim=8)"
@@ -22,9 +24,10 @@ def runs(monkeypatch):
             replays.append(run)
             run()
 
-        return again
+        return SimpleNamespace(replay=again)
 
-    monkeypatch.setattr(replay, "_captured", captured)
+    monkeypatch.setattr(capture, "captured", captured)
+    monkeypatch.setattr(capture, "waits", lambda run: False)
     monkeypatch.setattr(replay, "_on_cuda", lambda tensor: True)
     return captures, replays
 

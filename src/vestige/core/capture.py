@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["captured"]
+__all__ = ["captured", "waits"]
 
 
 def captured(
@@ -32,6 +32,22 @@ def captured(
     with torch.cuda.graph(graph, stream=side):
         run()
     return graph
+
+
+def waits(run: Callable[[], Any]) -> bool:
+    """Whether a function makes Python wait for the device, which a capture does not survive.
+
+    Nothing may be captured after a capture that failed: so this is to be asked before.
+    """
+    mode = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run()
+    except RuntimeError:
+        return True
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)
+    return False
 
 
 @functools.cache

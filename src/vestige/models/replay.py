@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from vestige.core.capture import captured
+from vestige.core import capture
 
 if TYPE_CHECKING:
     from vestige.models.lm import VestigeLM
@@ -95,7 +95,7 @@ class _Step:
 
     @classmethod
     def of(cls, model: VestigeLM, state: VestigeState) -> _Step | None:
-        """The step from states of these sizes; ``None`` where it changes them."""
+        """The step from states of these sizes; ``None`` where it changes them, or waits for the device."""
         step, seen = cls(state), state.seen
 
         def after() -> tuple[Tensor, VestigeState]:
@@ -109,9 +109,9 @@ class _Step:
             step.logits, state = after()
             step._write(state)
 
-        if _shapes(after()[1]) != _shapes(state):
+        if _shapes(after()[1]) != _shapes(state) or capture.waits(after):
             return None
-        step.replay = _captured(once, step.input_ids.device)
+        step.replay = capture.captured(once, step.input_ids.device).replay
         return step
 
     def run(self, input_ids: Tensor, position_ids: Tensor, state: VestigeState) -> Float[Tensor, "batch 1 vocabulary"]:
@@ -176,7 +176,3 @@ def _positions(input_ids: Tensor, attention_mask: Tensor | None, state: VestigeS
     if attention_mask is None:
         return torch.full_like(input_ids, state.seen)
     return attention_mask.sum(1, keepdim=True) - 1
-
-
-def _captured(run: Callable[[], None], device: torch.device) -> Callable[[], None]:
-    return captured(run, device).replay
