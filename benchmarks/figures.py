@@ -4,7 +4,8 @@
 
 Cache policies: needles and perplexity against bytes (context/quality.jsonl). Mixers: what small models of them learn
 (layers/recall.jsonl, the ledger of ``vestige compare examples/compare-layers.yaml``). Studies: every
-finding beside what was due (studies/NAME.jsonl, the ledger of ``vestige study NAME``). All others: what the behaviour
+finding beside what was due (studies/NAME.jsonl, the ledger of ``vestige study NAME``). Learners and erasers: what is
+left of images learnt (weights/retain-*.json, erase-*.json). All others: what the behaviour
 checks of their certificates saw, each seed (certificates/NAME.json). Narrow plain SVG, readable on light and dark pages
 and on a telephone.
 """
@@ -13,8 +14,9 @@ from __future__ import annotations
 
 import json
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from context.figures import KEEP_ALL, panel, quality
@@ -28,6 +30,13 @@ OUT = HERE.parent / "docs" / "figures" / "methods"
 WIDTH = 480
 OWN, WRONG = "#0f766e", "#dc2626"
 SHADES = (OWN, "#d97706")  # of the forms in which a policy was measured
+STREAMS = {"Digits": "retain-digits.json", "Clothes": "retain-fashion-mnist.json"}
+ERASURES = {"Digits": "erase-digits.json", "Clothes": "erase-fashion-mnist.json"}
+ERASED = {
+    "to forget": "forget accuracy",
+    "to keep": "retain accuracy",
+    "never seen": "unseen others accuracy",
+}
 TASKS = {"mqar": "recall of pairs", "last-write-wins": "the last value counts", "state-tracking": "parity"}
 
 
@@ -129,6 +138,89 @@ def _track(finding: Finding, y: float) -> list[str]:
     return [*parts, verdict]
 
 
+def learners() -> Iterator[tuple[str, str]]:
+    """Each learner among the others: right answers at the end of a stream, and how much was forgotten."""
+    found = {title: _by_method(file, "learner") for title, file in STREAMS.items()}
+    for name in dict.fromkeys(label.split(" ")[0] for rows in found.values() for label in rows):
+        parts, y = [text(10, 22, f"After learning two classes at a time: {name}", "title")], 36.0
+        for title, rows in found.items():
+            parts.append(text(10, y + 20, title, "small title"))
+            for number, (says, field) in enumerate((("right at the end", "average"), ("forgotten", "forgetting"))):
+                values = {label: [row[field] for row in of] for label, of in rows.items()}
+                parts += _among(says, values, name, y + 44 + 26 * number)
+            y += 84
+        yield name, _signed(name, parts, y, "what is left of a stream")
+
+
+def erasers() -> Iterator[tuple[str, str]]:
+    """Each eraser among the others: right answers on what was to be forgotten, on what was to be kept, and unseen."""
+    found = {
+        f"{title}, {what}": {
+            name: [r for r in rows if r["task"] == task] for name, rows in _by_method(file, "eraser").items()
+        }
+        for title, file in ERASURES.items()
+        for task, what in (("class", "one class"), ("random", "100 at random"))
+    }
+    for name in dict.fromkeys(label.split(" ")[0] for rows in found.values() for label in rows):
+        parts, y = [text(10, 22, f"Right answers after erasing: {name}", "title")], 36.0
+        for title, rows in found.items():
+            parts.append(text(10, y + 20, title, "small title"))
+            for number, (says, measure) in enumerate(ERASED.items()):
+                values, due = {}, []
+                for label, of in rows.items():
+                    seen = [row["measures"][measure] for row in of if measure in row["measures"]]
+                    values[label] = [one["erased"] for one in seen]
+                    due += [one["retrained"] for one in seen]
+                parts += _among(says, values, name, y + 44 + 26 * number, due)
+            y += 36 + 26 * len(ERASED) + 8
+        yield (
+            name,
+            _signed(name, parts, y, "what is left after erasing", "dashed: trained anew without them"),
+        )
+
+
+def _by_method(file: str, field: str) -> dict[str, list[dict]]:
+    """The rows of each method that came to an end, by name and settings."""
+    found: dict[str, list[dict]] = {}
+    path = HERE / "weights" / file
+    for row in json.loads(path.read_text(encoding="utf-8"))["rows"] if path.is_file() else []:
+        if "left_out" not in row and "error" not in row:
+            found.setdefault(row[field], []).append(row)
+    return found
+
+
+def _among(says: str, values: dict[str, list[float]], name: str, y: float, due: Sequence[float] = ()) -> list[str]:
+    """Shares of one: those of a method with its own settings, seed by seed, and the means of all others in grey."""
+    left, width = 138, WIDTH - 138 - 112
+    parts = [text(left - 12, y + 4, says, "small", "end"),
+             f'<line class="grid" x1="{left}" x2="{left + width}" y1="{y}" y2="{y}"/>']  # fmt: skip
+
+    def x(value: float) -> float:
+        return left + width * min(1.0, max(0.0, value))
+
+    if due:
+        parts.append(f'<line class="axis" stroke-dasharray="2 3" x1="{x(mean(due)):.1f}" x2="{x(mean(due)):.1f}" '
+                     f'y1="{y - 10}" y2="{y + 10}"/>')  # fmt: skip
+    for label, found in values.items():
+        if label != name and found:
+            kin = label.startswith(f"{name} ")
+            mark = f'style="fill:none;stroke:{OWN};stroke-width:1.5" r="4.5"' if kin else 'class="greydot" r="3.5"'
+            parts.append(f'<circle {mark} cx="{x(mean(found)):.1f}" cy="{y}">'
+                         f"<title>{label}: {mean(found):.0%}</title></circle>")  # fmt: skip
+    own = values.get(name, [])
+    parts += [f'<circle style="fill:{OWN}" fill-opacity=".75" r="5" cx="{x(one):.1f}" cy="{y}"/>' for one in own]
+    told = " to ".join(dict.fromkeys(f"{one:.0%}" for one in (min(own), max(own)))) if own else "not measured"
+    return [*parts, text(left + width + 10, y + 4, told, "small")]
+
+
+def _signed(name: str, parts: list[str], y: float, what: str, also: str = "") -> str:
+    parts.append(text(10, y + 14, "each seed a dot; rings: means with other settings; grey: of other methods", "small"))
+    if also:
+        y += 16
+        parts.append(text(10, y + 14, also, "small"))
+    return svg(WIDTH, round(y + 26), parts, f"{name}: {what}")
+
+
 def certified(certificate: dict) -> str | None:
     """What the behaviour checks of a method saw, a line for each quantity; ``None`` where they saw no numbers."""
     name = certificate["method"]["name"]
@@ -195,6 +287,8 @@ def main() -> None:
     OUT.mkdir(parents=True, exist_ok=True)
     drawn = [*policies(), *mixers(rows_of(HERE / "layers" / "recall.jsonl"))]
     drawn += [(path.stem, findings(path.stem, rows_of(path))) for path in sorted((HERE / "studies").glob("*.jsonl"))]
+    known = {name for name, _ in drawn}
+    drawn += [(name, figure) for name, figure in (*learners(), *erasers()) if name not in known]
     known = {name for name, _ in drawn}
     for path in sorted((HERE / "certificates").glob("*.json")):
         if path.stem not in known and (figure := certified(json.loads(path.read_text(encoding="utf-8")))):
