@@ -176,10 +176,10 @@ def language_figure() -> str:
         hint = f"<title>{escape(name)}: {gain:+.2f} learnt, {kept:+.2f} of the novel</title>"
         shape = "" if number < len(PALETTE) else ' stroke="#1f2937" stroke-width="2"'
         parts.append(f'<circle style="fill:{colour}"{shape} cx="{x:.1f}" cy="{y:.1f}" r="6">{hint}</circle>')
-        x, y = 20 + number % 2 * 370, top + high + 60 + number // 2 * 20
+        x, y = 20, top + high + 60 + number * 20
         parts.append(f'<circle style="fill:{colour}"{shape} cx="{x}" cy="{y - 4:.1f}" r="5"/>')
         parts.append(text(x + 11, y, f"{name}: {gain:+.2f}, {kept:+.2f}", "small"))
-    foot = top + high + 60 + -(-len(points) // 2) * 20 + 4
+    foot = top + high + 60 + len(points) * 20 + 4
     parts.append(text(10, foot, f"Right: more is learnt; up: more is kept. {_seeds(rows)}.", "small"))
     return svg(740, foot + 12, parts, "What learners teach a language model, and what it loses")
 

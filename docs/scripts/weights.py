@@ -37,7 +37,8 @@ def rows_of(*name: str) -> list[dict[str, Any]]:
 
 def spread(values: list[float], form: str = ".2f") -> str:
     """The mean, with the least and the most."""
-    between = f" ({min(values):{form}}-{max(values):{form}})" if len(values) > 1 else ""
+    least, most = min(values), max(values)
+    between = f" ({least:{form}}{' to ' if least < 0 else '-'}{most:{form}})" if len(values) > 1 else ""
     return f"{mean(values):{form}}{between}"
 
 

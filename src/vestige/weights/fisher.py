@@ -16,7 +16,7 @@ from vestige.errors import InputError
 __all__ = ["diagonal"]
 
 BLOCK = 32 << 20
-"""Bytes of gradients of single rows that are held at once, of one weight."""
+"""Bytes of gradients of single rows that are held at once, of one weight; no more than a quarter of all weights."""
 
 Loss = Callable[[Any, Mapping[str, Tensor]], Tensor]
 
@@ -78,7 +78,8 @@ class _Squares:
             for name, p in self.leaves.items()
         }
         # Matrices are taken for linear maps until one is seen to be used otherwise.
-        self.taps = {name: _Tap(p, self.total[name]) for name, p in self.leaves.items() if p.ndim == 2}
+        room = sum(total.nbytes for total in self.total.values()) // 4
+        self.taps = {name: _Tap(p, self.total[name], room) for name, p in self.leaves.items() if p.ndim == 2}
         self.vectorised = True
 
     @property
@@ -148,8 +149,8 @@ class _Tap:
     """A matrix, and what went through it: inputs (rows, places, in) or token ids (rows, places), and slopes of the
     loss by the outputs (rows, places, out). A row's gradient is the sum over uses of slope^T input."""
 
-    def __init__(self, leaf: Tensor, total: Tensor) -> None:
-        self.leaf, self.total = leaf, total
+    def __init__(self, leaf: Tensor, total: Tensor, room: int) -> None:
+        self.leaf, self.total, self.room = leaf, total, room
         self.clear()
 
     def clear(self) -> None:
@@ -178,13 +179,13 @@ class _Tap:
                 gradient = torch.mm(s.T, x, out=room).to(kind)
                 self.total.addcmul_(gradient, gradient)
             return
-        step = max(1, BLOCK // self.total.nbytes)
+        step = max(1, min(BLOCK, self.room) // self.total.nbytes)
         for start in range(0, len(slope), step):
             part = slice(start, start + step)
             gradient = self._gradient(inputs[part], slope[part])
             for more, by in seen[1:]:
                 gradient += self._gradient(more[part], by[part])
-            self.total += gradient.to(kind).square().sum(0)
+            self.total += gradient.to(kind).square_().sum(0)
 
     def _gradient(self, inputs: Tensor, slope: Tensor) -> Tensor:
         """Each row's gradient (rows, out, in)."""
