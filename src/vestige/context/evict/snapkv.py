@@ -39,7 +39,7 @@ class SnapKV(Evict):
         "SmolLM2, 256 tokens cut to 40, a window of 16: what is kept gets 73% of the attention of later "
         "tokens, sinks and a window 60%. With the question in the window 56% of an answer's tokens come out "
         "at a third of the cache, with h2o 28%. Asked for only after the cut (512 tokens, half kept) a needle"
-        " is found only near the end: the queries that vote know nothing of the question, and 40% of its "
+        " is found only near the end: the queries that vote know nothing of the question, and 39% of its "
         "tokens are held",
     )
 
