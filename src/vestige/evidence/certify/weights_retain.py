@@ -143,21 +143,21 @@ def weights_are_the_references(case: LearnerCase) -> Seen:
     stream = case.stream()
     learner, states = _watched(case.fitted)
     model = small_vit(0).double().to(case.device)
-    start = {name: p.detach().clone() for name, p in model.named_parameters()}
-    parts = []
+    start = {name: p.detach().cpu().clone() for name, p in model.named_parameters()}
+    parts = []  # on the CPU, as is the reference, wherever the learner is
     for e in stream:
         rows = [e.train[n] for n in range(len(e.train))]
         parts.append(
             Experience(
-                torch.stack([r["pixel_values"] for r in rows]).double().to(case.device),
-                torch.tensor([r["labels"] for r in rows], device=case.device),
+                torch.stack([r["pixel_values"] for r in rows]).double(),
+                torch.tensor([r["labels"] for r in rows]),
             )
         )
     values = {name: getattr(learner, name) for name in learner.parameters()}
     if case.method.needs_general:
         images, labels = case.general().tensors
-        values["general"] = Experience(images.double().to(case.device), labels.to(case.device))
-    net = Net(small_vit(0).double().to(case.device).eval())
+        values["general"] = Experience(images.double(), labels)
+    net = Net(small_vit(0).double().eval())
     due = module.learn(net, start, parts, lr=RATE, epochs=EPOCHS, **values)  # type: ignore[union-attr]
     args = case.args(
         optim="sgd",
@@ -170,7 +170,7 @@ def weights_are_the_references(case: LearnerCase) -> Seen:
     )
     case.learn(learner, model, stream, args, collator=_double)
     found = {**{name: p.detach() for name, p in model.named_parameters()}, **states[0].learnt()}
-    worst = max(float((value - due[name]).abs().max()) for name, value in found.items())
+    worst = max(float((value.cpu() - due[name]).abs().max()) for name, value in found.items())
     moved = max(float((due[name] - start[name]).abs().max()) for name in start)
     expect(worst <= EXACT, f"weights differ from the reference by {worst:.3g}, having moved by {moved:.3g}")
     return {"largest difference": worst, "largest movement": moved, "beside the model": len(found) - len(start)}
