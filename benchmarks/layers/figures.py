@@ -132,7 +132,7 @@ def recall_figure(rows: list[dict[str, Any]]) -> str:
         cells[row["mixer"], row["width"]].append(row)
     curves: dict[str, list[Point]] = defaultdict(list)
     for (mixer, _), seen in cells.items():
-        found = [row["accuracy"] for row in seen]
+        found = [mean(row["accuracy_by_pairs"].values()) for row in seen]
         curves[mixer].append((mean(row["state_bytes"] for row in seen), mean(found), min(found), max(found)))
     held = [point[0] for points in curves.values() for point in points]
     ticks = powers(min(held), max(held), 4)
@@ -140,15 +140,19 @@ def recall_figure(rows: list[dict[str, Any]]) -> str:
     panel.width = 720
     levels = {share: f"{share:.0%}" for share in (0.0, 0.25, 0.5, 0.75, 1.0)}
     shown = {tick: in_bytes(tick) for tick in ticks}
-    parts = panel.axes("Values recalled, by the bytes held", "bytes that the layer holds, one row", shown, levels)
+    parts = panel.axes(
+        "Values recalled of 4 to 32 pairs, by the bytes held", "bytes that the layer holds of a row", shown, levels
+    )
     chance = rows[0]["chance"]
     parts.append(f'<line class="axis" stroke-dasharray="4 4" x1="50" x2="770" y1="{panel.y(chance):.1f}" '
                  f'y2="{panel.y(chance):.1f}"><title>chance: {chance:.1%}</title></line>')  # fmt: skip
     parts += panel.curves(curves, "of the values")
     names, end = legend(set(curves), panel.bottom + 64, 800)
-    seeds, widths = (len({row[key] for row in rows}) for key in ("seed", "width"))
-    note = f"Models of {widths} widths, of equal parameters and tokens at each; means and ranges over {seeds} seeds; "
-    return svg(800, round(end + 12), [*parts, *names, text(50, end, note + "dashed: chance.", "small")],
+    seeds, steps = len({row["seed"] for row in rows}), rows[0]["steps"]
+    note = (
+        f"Small models after {steps:,} steps; points of a line: their widths. Means and ranges of up to {seeds} seeds. "
+    )
+    return svg(800, round(end + 12), [*parts, *names, text(50, end, note + "Dashed: chance.", "small")],
                "Recall of pairs against the bytes held, by mixer")  # fmt: skip
 
 
@@ -187,7 +191,7 @@ def drawn(results: Path = HERE) -> dict[str, str]:
         rows = [json.loads(line) for line in (results / RECALL).read_text(encoding="utf-8").splitlines()]
         found["recall.svg"] = recall_figure(rows)
     if (results / DECODING).is_file():
-        found["decoding.svg"] = decoding_figure(json.loads((results / DECODING).read_text(encoding="utf-8")), batch=8)
+        found["decoding.svg"] = decoding_figure(json.loads((results / DECODING).read_text(encoding="utf-8")), batch=1)
     return found
 
 

@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 RESULTS, PAGE = ROOT / "benchmarks" / "layers", ROOT / "docs" / "layers.md"
 Rows = list[dict[str, Any]]
 PATHS = ("ours", "fla", "kernels", "own")  # in the order in which a layer would take them
+TITANS = ("vestige", "titans-pytorch, gates per token", "titans-pytorch, gates per block")
 WORDS = {"fla": "fla", "kernels": "kernels of ours", "own": "portable"}
 
 
@@ -51,10 +52,10 @@ def against_attention() -> list[str]:
 
     def taken(what: str, mixer: str, length: int) -> dict[str, Any] | None:
         """What a layer runs: the row that says so, or that of the path which it would take."""
-        return next((r for path in PATHS if (r := found.get((mixer, what, path, length)))), None)
+        return next((r for path in PATHS[:-1] if (r := found.get((mixer, what, path, length)))), None)
 
     def cost(case: tuple[str, str]) -> tuple[bool, float]:
-        row = taken(*case, lengths[0]) or {}
+        row = taken(*case, lengths[0]) or found.get((case[1], case[0], "own", lengths[0]), {})
         return case[0] != "op", row.get("both_ms") or 1000 * row.get("forward_ms", 1.0)
 
     names = [f"{length // 1024}k" for length in lengths]
@@ -99,16 +100,20 @@ def decoding() -> list[str]:
 
 def against_titans() -> list[str]:
     """Titans' memory here and in titans-pytorch: milliseconds, and gigabytes at the peak."""
-    lines = [
-        "| 16 heads of | tokens | type | memory | forward / both, ms | over ours | peak |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    found: dict[tuple[int, int, str], dict[str, dict[str, Any]]] = {}
     for row in rows_of("titans-h100"):
-        over = [row.get(f"{kind}_over_vestige") for kind in ("forward", "both")]
-        ratio = " / ".join(digits(value, " x") for value in over) if over[0] else ""
-        peak = f"{row['peak_bytes'] / 1e9:.2f} GB" if "peak_bytes" in row else ""
-        cells = [str(row["dim"]), f"{row['length']:,}", row["dtype"], row["memory"], pair(row), ratio, peak]
-        lines.append("| " + " | ".join(cells) + " |")
+        found.setdefault((row["dim"], row["length"], row["dtype"]), {})[row["memory"]] = row
+
+    def cell(row: dict[str, Any] | None) -> str:
+        peak = f", {row['peak_bytes'] / 1e9:.1f} GB" if row and "peak_bytes" in row else ""
+        return pair(row) + peak
+
+    lines = ["| 16 heads of | tokens | type | here | titans-pytorch, gates per token | gates per block of 64 |"]
+    lines.append("|---" * 6 + "|")
+    for (dim, length, dtype), memories in found.items():
+        cells = [cell(memories.get(name)) for name in TITANS]
+        if all(cells):
+            lines.append(f"| {dim} | {length:,} | {dtype} | " + " | ".join(cells) + " |")
     return lines
 
 
