@@ -1,7 +1,8 @@
 """The recurrence by the kernels of flash-linear-attention, where they are installed and do it well.
 
 One place decides whether they serve, and it decides from what is known beforehand: an error in the middle of a
-backward pass would come too late. Where they do not, :func:`vestige.layers.ops.recurrence.chunked` does.
+backward pass would come too late. Where they do not, kernels of our own do, or
+:func:`vestige.layers.ops.recurrence.chunked`.
 """
 
 from __future__ import annotations
