@@ -51,7 +51,8 @@ class Sheet:
 
 def here(device: str, *packages: str) -> dict[str, Any]:
     """Hardware and versions, for a result."""
-    threads = f"{torch.get_num_threads()} CPU threads"
+    count = torch.get_num_threads()
+    threads = f"{count} CPU thread{'s' if count > 1 else ''}"
     versions = {}
     for name in ("torch", "transformers", *packages):
         try:

@@ -3,7 +3,7 @@
     python benchmarks/layers/figures.py             # into docs/figures
 
 What is recalled against the bytes held (quality-recall.jsonl, of quality.py), and time and bytes of a decoding step
-against the context (decoding-h100.json, of decoding.py). Plain SVG, readable on light and dark pages; every number in
+against the context (decoding-*.json, of decoding.py). Plain SVG, readable on light and dark pages; every number in
 them stands in those files.
 """
 
@@ -24,7 +24,8 @@ sys.path.insert(0, str(HERE.parent))
 from drawing import svg, text  # noqa: E402
 
 OUT = HERE.parents[1] / "docs" / "figures"
-RECALL, DECODING = "quality-recall.jsonl", "decoding-h100.json"
+RECALL = "quality-recall.jsonl"
+DECODING, GROWS = ("decoding-h100.json", "decoding-cpu.json"), "softmax"  # the first with what grows beside the others
 
 # What stands out, by the mixer's name; all others are grey and say their name when pointed at.
 COLOURS = {
@@ -161,8 +162,9 @@ def decoding_figure(result: dict[str, Any], batch: int) -> str:
     rows = [row for row in result["rows"] if (row["what"], row["batch"]) == ("layer", batch) and "error" not in row]
     steps: dict[str, list[Point]] = defaultdict(list)
     held: dict[str, list[Point]] = defaultdict(list)
+    kind = "graph_ms" if any("graph_ms" in row for row in rows) else "eager_ms"
     for row in rows:
-        if (spent := row.get("graph_ms")) is not None:
+        if (spent := row.get(kind)) is not None:
             steps[row["mixer"]].append((row["context"], spent, spent, spent))
         held[row["mixer"]].append((row["context"], *[row["state_bytes"]] * 3))
     contexts = sorted({row["context"] for row in rows})
@@ -179,7 +181,8 @@ def decoding_figure(result: dict[str, Any], batch: int) -> str:
         panel = Panel(left, across, (marks[0], marks[-1]), log=True)
         parts += panel.axes(title, "tokens of context", ticks, levels) + panel.curves(curves, unit)
     names, end = legend(set(held), 404, 800)
-    note = f"One layer, {result['heads']} heads of {result['dim']}; {result['device']}, kernels of a captured step."
+    how = "kernels of a captured step" if kind == "graph_ms" else "steps of a loop"
+    note = f"One layer, {result['heads']} heads of {result['dim']}; {result['device']}, {how}."
     return svg(800, round(end + 12), [*parts, *names, text(50, end, note, "small")],
                "Time and bytes of a decoding step against the context, by mixer")  # fmt: skip
 
@@ -190,8 +193,10 @@ def drawn(results: Path = HERE) -> dict[str, str]:
     if (results / RECALL).is_file():
         rows = [json.loads(line) for line in (results / RECALL).read_text(encoding="utf-8").splitlines()]
         found["recall.svg"] = recall_figure(rows)
-    if (results / DECODING).is_file():
-        found["decoding.svg"] = decoding_figure(json.loads((results / DECODING).read_text(encoding="utf-8")), batch=1)
+    for name in DECODING:
+        result = json.loads((results / name).read_text(encoding="utf-8")) if (results / name).is_file() else {}
+        if any(row["mixer"] == GROWS for row in result.get("rows", [])):
+            return {**found, "decoding.svg": decoding_figure(result, batch=1)}
     return found
 
 
