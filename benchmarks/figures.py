@@ -54,7 +54,7 @@ def policies() -> Iterator[tuple[str, str]]:
             parts += panel(curves["needle"], title=title, top=42, bottom=200, **scale, **size)  # type: ignore[arg-type]
             height = 250
         if any(name in curves["perplexity"] for name in own):
-            scale = {"low": 10.5, "high": 17.5, "ticks": [11, 13, 15, 17]}
+            scale = {"low": 12.0, "high": 20.0, "ticks": [12, 14, 16, 18, 20]}
             title, top = f"Perplexity of the next 256 tokens: {policy}", height + 42
             parts += panel(curves["perplexity"], title=title, top=top, bottom=top + 158, **scale, **size)  # type: ignore[arg-type]
             height += 250
@@ -64,6 +64,21 @@ def policies() -> Iterator[tuple[str, str]]:
             height += 18
         parts.append(text(44, height + 6, "grey: other policies; dashed: the whole cache", "small"))
         yield policy, svg(WIDTH, round(height + 16), parts, f"{policy}: quality against bytes held, SmolLM2")
+
+
+def readers(rows: list[dict]) -> Iterator[tuple[str, str]]:
+    """Each policy that holds everything and reads few of it, among the others: needles found, by length."""
+    found: dict[int, dict[str, list[float]]] = {}
+    for row in rows:
+        length, told = row["task"]["length"], row["metrics"]
+        if row["task"]["name"] == "needle" and told["policy"] in KEEP_ALL:
+            found.setdefault(length, {}).setdefault(told["policy"], []).append(told["score"])
+    for name in dict.fromkeys(name for of in found.values() for name in of):
+        parts = [text(10, 22, f"Needles found, half of the entries read: {name}", "title")]
+        lengths = sorted(found)
+        for number, length in enumerate(lengths):
+            parts += _among(f"{length:,} tokens", found[length], name, 50 + 26 * number)
+        yield name, _signed(name, parts, 50 + 26 * len(lengths), "needles found")
 
 
 def mixers(rows: list[dict]) -> Iterator[tuple[str, str]]:
@@ -293,6 +308,8 @@ def main() -> None:
     for path in sorted((HERE / "certificates").glob("*.json")):
         if path.stem not in known and (figure := certified(json.loads(path.read_text(encoding="utf-8")))):
             drawn.append((path.stem, figure))
+            known.add(path.stem)
+    drawn += [pair for pair in readers(rows_of(HERE / "context" / "quality.jsonl")) if pair[0] not in known]
     for name, figure in drawn:
         (OUT / f"{name}.svg").write_text(figure, encoding="utf-8")
     print(f"{len(drawn)} figures in {OUT}")
