@@ -17,7 +17,7 @@ __all__ = ["SMALL", "examples", "full_places", "kept_lead", "spread"]
 # A run of a second or two.
 SMALL = {
     "mixers": ("gla", "gated-delta-net"),
-    "hidden": 16,
+    "hidden": 32,
     "heads": 1,
     "length": 12,
     "pairs": 2,

@@ -52,7 +52,12 @@ class HybridLinearAttention(Study):
         code="https://huggingface.co/collections/m-a-p/hybrid-linear-attention-research-686c488a63d609d2f20e2b1e",
         equations="linear to full attention 0:1, 1:1, 3:1, 6:1, 12:1 and 1:0, at equal parameters and tokens",
     )
-    verdict = Verdict("not yet checked", "")
+    verdict = Verdict(
+        "not reproduced",
+        "As claimed, the loss of hybrids hardly depends on the ratio (at most 2.7%); recall at 1:1 exceeds that "
+        "without softmax by 0.35, 0.33 and 0.01 (three seeds), at 3:1 it is 41 to 52% of what softmax alone recalls; "
+        "models had not learnt more in 450 steps. 6:1 and 12:1, of the full scale, were not looked at",
+    )
     FULL = {  # noqa: RUF012
         **{"mixers": ("gla", "hgrn2", "gated-delta-net"), "ratios": (1, 3, 6, 12), "layers": 13},
         **{"hidden": 64, "length": 64, "pairs": 16, "keys": 32},
@@ -62,7 +67,7 @@ class HybridLinearAttention(Study):
     mixers: tuple[str, ...] = param(("gla", "gated-delta-net"), "linear attention, by the names of mixers")
     ratios: tuple[int, ...] = param((1, 3), "layers of linear attention for each one of softmax")
     layers: int = param(4, "layers of either kind, behind the short convolution", ge=2)
-    hidden: int = param(32, "their width", ge=8)
+    hidden: int = param(32, "their width, a multiple of 32", ge=32)
     heads: int = param(2, "heads of each of them", ge=1)
     length: int = param(24, "tokens of each row", ge=8)
     pairs: int = param(8, "pairs of a key and a value in a row of the recall task", ge=1)
@@ -86,6 +91,8 @@ class HybridLinearAttention(Study):
         if not rising or self.ratios[0] < 1 or self.ratios[-1] >= self.layers or FEW not in self.ratios:
             allowed = f"rising, from 1 to layers - 1 = {self.layers - 1}, {FEW} among them"
             raise SpecError(f"{self.name}: parameter 'ratios' is {self.ratios!r}; allowed: {allowed}")
+        if self.hidden % 32:
+            raise SpecError(f"{self.name}: parameter 'hidden' is {self.hidden}; allowed: a multiple of 32")
         _ = self.task  # refuses what does not fit
 
     @property
@@ -176,7 +183,8 @@ class HybridLinearAttention(Study):
             return [one[mixer][name][what] for mixer in mixers for name in names]
 
         def best(one: Seen) -> float:
-            return max(of(one, "recall", few[-1:])) / one[SOFTMAX]["0:1"]["recall"]
+            whole = one[SOFTMAX]["0:1"]["recall"]
+            return max(of(one, "recall", few[-1:])) / whole if whole else 0.0  # nothing to be held against
 
         leads = [kept_lead(*(torch.tensor(of(one, "recall", [name])) for name in (ALONE, few[-1]))) for one in seen]
         return (
@@ -214,7 +222,7 @@ class HybridLinearAttention(Study):
             Finding(
                 claim="What is better alone is not better in a hybrid",
                 quantity="share of the lead of the mixer that recalls most alone which is left at 3:1",
-                measured=tuple(float(lead) for lead in leads),
+                measured=tuple(float(lead) if lead.isfinite() else 1.0 for lead in leads),  # none led: nothing is shown
                 at_most=0.5,
             ),
         )
