@@ -18,9 +18,9 @@ SMALL = {"budget": 96, "chunk": 16}  # six chunks of the sixteen that a passage 
 class _Anywhere(LongHeads):
     """Chunks at random in the place of those that heads choose."""
 
-    def _choose(self, entries, text, first, last):  # type: ignore[no-untyped-def]
-        chosen = super()._choose(entries, text, first, last)
-        own = (text.asked[:, first:last].clamp_min(0) // self.chunk)[:, None, :, None].expand(*chosen.shape[:3], 1)
+    def _choose(self, entries, text, at):  # type: ignore[no-untyped-def]
+        chosen = super()._choose(entries, text, at)
+        own = at.own[:, None, :, None].expand(*chosen.shape[:3], 1)
         draw = torch.Generator().manual_seed(entries.index)
         rank = torch.rand(*chosen.shape[:3], int(own.max()) + 1, generator=draw).to(chosen.device)
         middle = torch.arange(rank.shape[3], device=chosen.device)
