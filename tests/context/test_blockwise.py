@@ -27,3 +27,13 @@ def test_blocks_are_as_wide_as_allowed_and_change_nothing(llama64, monkeypatch, 
         assert widths == [21], "a pass that may be learnt from is left as it is"
     hook.remove()
     assert "forward" not in vars(model.model.layers[0].mlp)
+
+
+def test_a_part_that_gives_more_than_states_reads_all_at_once():
+    def experts(states):
+        return 2 * states, states.sum(-1)
+
+    states = torch.randn(2, blockwise.TOKENS, 3)
+    with torch.no_grad():
+        out, routing = blockwise.in_blocks(experts)(states)
+    assert torch.equal(out, 2 * states) and routing.shape == (2, blockwise.TOKENS)
