@@ -64,15 +64,16 @@ FORMS: dict[str, list[dict[str, Any]]] = {"ssd": [{"estimator": "per-example"}]}
 # Of facts: what stays the same, and what is chosen from. Three quarters of the tokens of answers that it was not taught
 # a trained model has right: the ends of answers, what it knew before, and what is easily guessed.
 STEPPED = {"epochs": 10, "check_every": 2, "target": 0.75, "tolerance": 0.25}
-RATES = [{"learning_rate": rate} for rate in (1e-5, 3e-5, 1e-4)]
+RATES = [{"learning_rate": rate} for rate in (1e-5, 3e-6, 3e-5, 1e-4)]
 GRIDS: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
     "npo": (STEPPED, RATES),
     "gradient-ascent": (STEPPED, RATES),
     "random-label-forgetting": (STEPPED, RATES),
     "salun": ({}, [{"eraser": {"name": "random-label-forgetting", **STEPPED, **rate}} for rate in RATES]),
-    "ssd": ({}, [{"dampening": value} for value in (0.1, 0.5, 1.0)]),
-    "iau": ({"tolerance": 0.25}, [{"step": step} for step in (1e-5, 3e-5, 1e-4)]),
-    "gs-lora": (STEPPED, [{"learning_rate": rate} for rate in (1e-3, 3e-3, 1e-2)]),
+    # How much is selected, and how far it shrinks; the share that alpha is chosen by was looked at with classifiers.
+    "ssd": ({}, [{"dampening": 1.0}, *({"alpha": alpha, "dampening": 1.0} for alpha in (10, 100)), {"dampening": 0.1}]),
+    "iau": ({"tolerance": 0.25}, [{"step": step} for step in (1e-5, 3e-6, 3e-5, 1e-4)]),
+    "gs-lora": (STEPPED, [{"learning_rate": rate} for rate in (1e-3, 3e-4, 3e-3, 1e-2)]),
 }
 # By which a result is held against the model trained again.
 COMPARED = ("forget accuracy", "paraphrases accuracy", "retain accuracy", "unseen accuracy")
@@ -191,7 +192,9 @@ def settings_of(data: str, only: list[str] | None, tuned: list[Path], tune: bool
     if data != "facts":
         forms = forms_of(Eraser, FORMS, only)
     elif tune:
-        forms = [(name, grid[n]) for n in range(3) for name, (_, grid) in GRIDS.items() if not only or name in only]
+        grids = {name: grid for name, (_, grid) in GRIDS.items() if not only or name in only}
+        most = max(len(grid) for grid in grids.values())
+        forms = [(name, grid[n]) for n in range(most) for name, grid in grids.items() if n < len(grid)]
     else:
         chosen = best(tuned)
         forms = forms_of(Eraser, {name: [] for name in GRIDS}, only)

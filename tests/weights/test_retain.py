@@ -95,6 +95,17 @@ def test_a_task_stream_asks_among_the_labels_of_the_task():
             assert run.untrained[n] == pytest.approx(float((logits.argmax(-1) == right).float().mean()))
 
 
+def test_a_class_stream_asks_among_its_labels_and_of_general_rows_among_all():
+    model = vit(labels=8)  # with two classes that the stream knows nothing of
+    with torch.no_grad():
+        model.classifier.bias[6] = 100.0
+    images, _ = blobs(12, seed=2).tensors
+    others = [{"pixel_values": image, "labels": 6} for image in images]
+    run, _ = learn("finetune", model, args=arguments(max_steps=1, learning_rate=1e-6), held_out=others)
+    assert run.untrained.sum() > 0  # one of six is right by chance, where the seventh would be said throughout
+    assert run.general == [1.0] * 4
+
+
 class _Cut(Exception):  # noqa: N818
     pass
 

@@ -169,12 +169,11 @@ class _PrototypeRelation(Running):
         return loss + self.learner.relations * gap
 
     def predict(self, session: Session, batch: Batch, outputs: Any) -> Any:
-        """Cosines to the prototypes; where the experience is not told, of the classes seen so far alone."""
+        """Cosines to the prototypes; where the experience is not told, not of classes that are yet to come."""
         cosines = similarity(F.normalize(self._seen(), dim=-1), self.layer.weight)
         if session.stream.kind == "class":
-            unseen = torch.ones(cosines.shape[1], dtype=torch.bool, device=cosines.device)
-            unseen[list(session.stream.seen(session.experience.index))] = False
-            cosines = cosines.masked_fill(unseen, torch.finfo(cosines.dtype).min)
+            unseen = set(session.stream.classes) - set(session.stream.seen(session.experience.index))
+            cosines[:, sorted(unseen)] = torch.finfo(cosines.dtype).min
         return type(outputs)(**{**outputs, "logits": cosines})
 
     def finish(self, session: Session) -> None:

@@ -119,6 +119,15 @@ class Session:
             shut[experience.index, list(experience.classes or ())] = False
         return logits.masked_fill(shut[tasks.cpu()].to(logits.device), torch.finfo(logits.dtype).min)
 
+    def answers(self, logits: Tensor, experience: Experience | None) -> Tensor:
+        """The label that each row is given (batch,): one of its experience in a task stream, one of the stream in a
+        class stream; one of all that the model has in a domain stream, and for rows that are of no experience."""
+        among = {"task": experience.classes, "class": self.stream.classes}.get(self.stream.kind) if experience else None
+        if not among:
+            return logits.argmax(-1)
+        labels = torch.tensor(among, device=logits.device)
+        return labels[logits[:, labels].argmax(-1)]
+
     def among_own(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Logits (batch, own) of this experience's classes alone, and where each row's label stands among them.
 

@@ -76,8 +76,9 @@ class Stream(Sequence[Experience]):
     """Experiences in the order in which they are learnt.
 
     ``kind`` says what the model is told when it is asked: in a ``"class"`` stream each experience brings labels that
-    are new, and an answer is one of all; in a ``"task"`` stream the answer is one of the labels of the experience,
-    which is known; in a ``"domain"`` stream the labels (or the tokens) are the same throughout and the inputs change.
+    are new, and an answer is one of all of the stream; in a ``"task"`` stream the answer is one of the labels of the
+    experience, which is known; in a ``"domain"`` stream the labels (or the tokens) are the same throughout and the
+    inputs change.
 
     Build one with :meth:`of`, :meth:`by_class` or :meth:`by_column`.
     """

@@ -177,22 +177,22 @@ class ContinualTrainer:
             folder.keep(session, running, scores.plain())
 
     @torch.no_grad()
-    def score(self, session: Session, running: Running, rows: Rows, experience: Experience) -> tuple[float, str]:
-        """The score on some rows, and its unit."""
+    def score(self, session: Session, running: Running, rows: Rows, experience: Experience | None) -> tuple[float, str]:
+        """The score on some rows of an experience, or of none, and its unit."""
         right, count, unit = 0.0, 0.0, "accuracy"
         with session.evaluating():
             for batch in session.batches(rows):
                 outputs = running.predict(session, batch, session.forward(batch))
                 if is_classification(batch):
-                    asked = torch.full((len(outputs.logits),), experience.index)
-                    answer = session.allowed(outputs.logits, asked).argmax(-1)
+                    answer = session.answers(outputs.logits, experience)
                     right, count = right + float((answer == batch["labels"]).sum()), count + len(answer)
                 else:
                     unit = "log-likelihood"
                     tokens = float((batch["labels"][..., 1:] != -100).sum())
                     right, count = right - float(outputs.loss) * tokens, count + tokens
         if not count:
-            raise InputError(f"experience {experience.index} ({experience.name}) has nothing to score")
+            whose = "the held-out set" if experience is None else f"experience {experience.index} ({experience.name})"
+            raise InputError(f"{whose} has nothing to score")
         return right / count, unit
 
     def _check(self, stream: Stream) -> None:
@@ -330,7 +330,7 @@ class _Scores:
 
     def _general(self, trainer: ContinualTrainer, session: Session, running: Running) -> None:
         if trainer.held_out is not None:
-            self.general.append(trainer.score(session, running, trainer.held_out, session.experience)[0])
+            self.general.append(trainer.score(session, running, trainer.held_out, None)[0])
 
     def plain(self) -> dict[str, Any]:
         names = ("matrix", "untrained", "general", "seconds", "hooks", "bytes", "unit")
