@@ -68,13 +68,16 @@ class SSD(Eraser):
 
     def _apply(self, work: Work, patch: Patch, trace: Trace) -> None:
         forget, counted = self._importance(work, work.forget)
+        # Beside a GPU it waits on the host, and leaves room for activations.
+        forget = {name: value.cpu() for name, value in forget.items()}
         every, others = self._importance(work, work.retain)
-        for name, kept in every.items():  # the information on all examples is the weighted mean of the two
-            kept.mul_(others).add_(forget[name], alpha=counted).div_(counted + others)
         noise = FLOOR * max(float(f.max()) for f in forget.values())
         ratios = {}
-        for name in work.parameters:  # tensor by tensor, so that no third copy of the weights is held
-            mine, all_of_them = forget.pop(name), every.pop(name)
+        for name in work.parameters:  # tensor by tensor, so that no further copy of the weights is held
+            kept = every.pop(name)
+            mine = forget.pop(name).to(kept.device)
+            # The information on all examples is the weighted mean of the two.
+            all_of_them = kept.mul_(others).add_(mine, alpha=counted).div_(counted + others)
             ratios[name] = torch.where(mine > noise, mine / all_of_them, 0)
         alpha = self.alpha
         if alpha is None:
