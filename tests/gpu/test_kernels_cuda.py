@@ -12,6 +12,7 @@ import torch
 from torch.nn import functional as F
 
 pytest.importorskip("triton")
+from vestige.layers.ops.delta_triton import delta_cuda
 from vestige.layers.ops.learning.perceptron import _through_norm
 from vestige.layers.ops.learning.slopes_triton import through_gelu, through_norm
 from vestige.layers.ops.learning.update_triton import update_cuda
@@ -106,6 +107,48 @@ def test_recurrence(decay, keys, groups, length, packed):
         lambda state, **drive: chunked(Drive(**drive, scale=0.3), state, starts=starts),
         parts,
         0.1 if decay == "strong" else MOST[torch.bfloat16],  # its slope is a difference of large numbers
+    )
+
+
+@pytest.mark.parametrize(
+    ("decay", "keys", "groups", "length", "packed"),
+    [
+        ("none", 16, 2, 64, False),
+        ("none", 128, 2, 300, True),
+        ("per head", 20, 1, 64, False),
+        ("per token", 16, 1, 70, False),
+        ("per token", 64, 2, 130, True),
+        ("per token", 128, 1, 1000, False),
+        ("per token", 200, 1, 70, False),
+        ("strong", 40, 2, 100, False),
+    ],
+)
+def test_delta_rule(decay, keys, groups, length, packed):
+    """Keys that are near to each other, so that tokens of a chunk correct each other; else as above."""
+    torch.manual_seed(0)
+    batch, heads, values = 2, 2, 48
+    token = (batch, length, heads)
+    draws = {
+        "none": lambda: None,
+        "per head": lambda: -torch.rand(heads),
+        "per token": lambda: -0.3 * torch.rand(token),
+        "strong": lambda: -30 * torch.rand(token),
+    }
+    parts = {
+        "q": torch.randn(batch, length, groups, keys).bfloat16(),
+        "k": F.normalize(torch.randn(batch, length, groups, keys) + 0.5, dim=-1).bfloat16(),
+        "v": torch.randn(*token, values).bfloat16(),
+        "decay": draws[decay](),
+        "beta": torch.rand(token).bfloat16(),
+        "state": None if packed else torch.randn(batch, heads, keys, values),
+    }
+    parts = {name: None if t is None else t.to(DEVICE) for name, t in parts.items()}
+    starts = sequences(batch, length, [0, 64, 65], [0, 10, 129]) if packed else None
+    compare(
+        lambda state, **drive: delta_cuda(Drive(**drive, scale=0.3), state, starts),
+        lambda state, **drive: chunked(Drive(**drive, scale=0.3), state, starts=starts),
+        parts,
+        0.15 if decay in ("strong", "per head") else MOST[torch.bfloat16],  # a slope is a difference of large numbers
     )
 
 

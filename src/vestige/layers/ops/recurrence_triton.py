@@ -16,6 +16,7 @@ column. Every exponent is at most zero.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -363,16 +364,14 @@ class _Chunks(torch.autograd.Function):
         state: Tensor,
         scale: float,
     ) -> tuple[Tensor, Tensor]:
-        size = _Size(q, v, decay, number)
-        sums = None if decay is None else _summed(decay)
+        size = Size(q, v, decay, number)
+        sums = None if decay is None else summed(decay)
         b, part = (q if t is None else t for t in (sums, number))
         scores = v.new_empty(size.blocks, CHUNK, CHUNK)
         states = v.new_empty(size.rows, size.chunks + 1, size.keys, size.values)
         out, last = torch.empty_like(v), torch.empty_like(state)
         _states[size.walk](k, v, b, part, state, states, last, *size.shape, **size.walking)
-        _scores[(size.blocks, CHUNK // ROWS)](
-            q, k, b, part, scores, *size.shape[:3], **size.how, ROWS=ROWS, KEYS=size.few_keys, num_warps=4
-        )
+        _scores[size.scoring](q, k, b, part, scores, *size.shape[:3], **size.scored)
         _read[size.reading](q, v, b, part, scores, states, out, scale, *size.shape, **size.tiles)
         ctx.save_for_backward(q, k, v, decay, sums, number, scores, states)
         ctx.scale = scale
@@ -382,7 +381,7 @@ class _Chunks(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, d_out: Tensor, d_last: Tensor) -> Any:  # type: ignore[override]
         q, k, v, decay, sums, number, scores, states = ctx.saved_tensors
-        size = _Size(q, v, sums, number)
+        size = Size(q, v, sums, number)
         b, part = (q if t is None else t for t in (sums, number))
         d_out, d_last = d_out.contiguous(), d_last.contiguous()
         d_q, d_k, d_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
@@ -397,17 +396,17 @@ class _Chunks(torch.autograd.Function):
             PACKED=size.how["PACKED"], CHUNK=CHUNK, VALUES=size.tiles["VALUES"], num_warps=4,
         )  # fmt: skip
         _d_values[size.reading](k, b, part, scores, d_out, d_states, d_v, ctx.scale, *size.shape, **size.tiles)
-        _d_keys[(size.blocks, CHUNK // ROWS, size.parts)](
+        _d_keys[size.keying](
             q, k, v, b, part, states, d_out, d_scores, d_states, d_q, d_k, q if d_sums is None else d_sums,
-            ctx.scale, *size.shape, q.shape[0] * q.shape[1], **{**size.tiles, "KEYS": size.few_keys}, ROWS=ROWS,
+            ctx.scale, *size.shape, size.tokens, **size.keyed,
         )  # fmt: skip
         d_decay = None
         if d_sums is not None:
-            d_decay = _summed(decay, d_sums if decay.dim() == 4 else d_sums.sum(0))
+            d_decay = summed(decay, d_sums if decay.dim() == 4 else d_sums.sum(0))
         return d_q, d_k, d_v, d_decay, None, d_first, None
 
 
-def _summed(decay: Tensor, slope: Tensor | None = None) -> Tensor:
+def summed(decay: Tensor, slope: Tensor | None = None) -> Tensor:
     """The running sums of a decay's logarithm within chunks; with their slopes, the slopes in the decay."""
     columns = decay[0, 0].numel()
     wide = min(64, triton.next_power_of_2(columns))
@@ -419,7 +418,7 @@ def _summed(decay: Tensor, slope: Tensor | None = None) -> Tensor:
     return out
 
 
-class _Size:
+class Size:
     """The numbers that the kernels of one call share."""
 
     def __init__(self, q: Tensor, v: Tensor, decay: Tensor | None, number: Tensor | None) -> None:
@@ -438,10 +437,26 @@ class _Size:
         self.walking = {**self.tiles, "VALUES": narrow, "num_warps": 8}
         self.few_keys = min(32, wide_k)  # where many tiles of keys are held at once
         self.parts = triton.cdiv(self.keys, self.few_keys)
+        self.tokens = batch * length
+        few = {**self.tiles, "KEYS": self.few_keys, "ROWS": ROWS}
+        self.scoring, self.keying = (self.blocks, CHUNK // ROWS), (self.blocks, CHUNK // ROWS, self.parts)
+        self.scored, self.keyed = {n: v for n, v in few.items() if n != "VALUES"}, few
 
 
 def recurrence_cuda(drive: Drive, state: Tensor | None, starts: Tensor | None) -> tuple[Tensor, Tensor]:
     """See :func:`vestige.layers.ops.recurrence.recurrence`; no delta rule, and sums in float32."""
+    return by_chunks(_Chunks.apply, drive, state, starts)
+
+
+def by_chunks(
+    run: Callable[..., tuple[Tensor, Tensor]], drive: Drive, state: Tensor | None, starts: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """What kernels for whole chunks make of a drive of any length, with a state or packed sequences.
+
+    Args:
+        run: takes queries, keys, values, the decay, the rate if there is one, the count of sequences that begin within
+            a chunk, the state and the scale; gives what is read and the state.
+    """
     batch, length, heads, values = drive.v.shape
     missing = -length % CHUNK
 
@@ -455,9 +470,10 @@ def recurrence_cuda(drive: Drive, state: Tensor | None, starts: Tensor | None) -
         decay = drive.decay
         if decay is not None:
             decay = whole(decay.expand(batch, length, heads) if decay.dim() == 1 else decay)
+        beta = [] if drive.beta is None else [whole(drive.beta)]
         number = None
         if starts is not None:
             number = whole(starts.int()).unflatten(1, (-1, CHUNK)).cumsum(2, dtype=torch.int32).flatten(1)
         first = drive.v.new_zeros(batch, heads, k.shape[-1], values, dtype=torch.float32) if state is None else state
-        out, last = _Chunks.apply(q, k, whole(drive.v), decay, number, first.float().contiguous(), drive.scale)
+        out, last = run(q, k, whole(drive.v), decay, *beta, number, first.float().contiguous(), drive.scale)
     return out[:, :length], last
