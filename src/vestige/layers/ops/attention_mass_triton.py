@@ -3,6 +3,9 @@
 Two passes over tiles, as flash attention makes them: the first finds the log-sum-exp of every query's
 logits, the second adds each query's weighted share to the keys of its tile. Nothing of size
 ``queries x keys`` is written; beside its result it holds one float per query and head.
+
+Few queries, as those at the end of a long prompt, leave the first pass hardly a tile to share out; their logits are
+small enough to be written down.
 """
 
 from __future__ import annotations
@@ -13,6 +16,8 @@ import triton.language as tl
 from torch import Tensor
 
 __all__ = ["attention_mass_cuda"]
+
+FEW = 64  # rows of a group's queries, up to which logits are written down
 
 
 @triton.jit
@@ -110,6 +115,32 @@ def _column_sums(
     tl.store(mass + tl.program_id(1).to(tl.int64) * entries + at, total, mask=at < entries)
 
 
+@triton.jit
+def _logits(
+    query, keys, out,
+    count, entries, kv_heads, group, dim, scaling,
+    q_batch, q_head, q_row, k_batch, k_head, k_row,
+    PRECISION: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, DIM: tl.constexpr,
+):  # fmt: skip
+    at, rows, dims = tl.program_id(0) * COLS + tl.arange(0, COLS), tl.arange(0, ROWS), tl.arange(0, DIM)
+    segment = tl.program_id(1)
+    batch, kv = segment // kv_heads, segment % kv_heads
+    member, number = rows // count, rows % count
+    there = rows < group * count
+    q = tl.load(
+        query + batch.to(tl.int64) * q_batch + (kv * group + member)[:, None].to(tl.int64) * q_head
+        + number[:, None].to(tl.int64) * q_row + dims[None, :],
+        mask=there[:, None] & (dims < dim)[None, :],
+        other=0.0,
+    )  # fmt: skip
+    k_at = keys + batch.to(tl.int64) * k_batch + kv.to(tl.int64) * k_head
+    k = _tile(k_at, at, entries, k_row, dims, dim)
+    logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scaling
+    logits = tl.where(at[None, :] <= entries - count + number[:, None], logits, float("-inf"))
+    row = (segment * group * count + rows).to(tl.int64)
+    tl.store(out + row[:, None] * entries + at[None, :], logits, mask=there[:, None] & (at < entries)[None, :])
+
+
 def attention_mass_cuda(
     query: Tensor, keys: Tensor, weights: Tensor, *, scaling: float, valid: Tensor | None = None
 ) -> Tensor:
@@ -117,6 +148,8 @@ def attention_mass_cuda(
     batch, heads, count, dim = query.shape
     kv_heads, entries = keys.shape[1], keys.shape[2]
     query, keys = _rows_contiguous(query), _rows_contiguous(keys)
+    if heads // kv_heads * count <= FEW:
+        return _mass_of_few(query, keys, weights, scaling, valid)
     weights = weights.float().expand(batch, count).contiguous()
     seen = valid.contiguous().view(torch.uint8) if valid is not None else query
     lse = torch.empty(batch, heads, count, device=query.device, dtype=torch.float32)
@@ -137,6 +170,25 @@ def attention_mass_cuda(
         query, keys, seen, lse, weights, mass, *shape, **how
     )
     return mass
+
+
+def _mass_of_few(query: Tensor, keys: Tensor, weights: Tensor, scaling: float, valid: Tensor | None) -> Tensor:
+    batch, heads, count, dim = query.shape
+    kv_heads, entries = keys.shape[1], keys.shape[2]
+    group, columns = heads // kv_heads, 64 if query.dtype == torch.float32 else 128
+    logits = torch.empty(batch, kv_heads, group * count, entries, device=query.device, dtype=torch.float32)
+    _logits[(triton.cdiv(entries, columns), batch * kv_heads)](
+        query, keys, logits, count, entries, kv_heads, group, dim, scaling, *query.stride()[:3], *keys.stride()[:3],
+        PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
+        ROWS=max(16, triton.next_power_of_2(group * count)), COLS=columns, DIM=max(16, triton.next_power_of_2(dim)),
+    )  # fmt: skip
+    if valid is not None:
+        logits.masked_fill_(~valid[:, :, None], float("-inf"))
+    share = torch.softmax(logits, dim=-1)
+    if valid is not None:
+        share.nan_to_num_()  # a row of padding may see nothing at all
+    rows = weights.float().expand(batch, count).repeat(1, group)
+    return (rows[:, None, None] @ share).squeeze(2)
 
 
 def _rows_contiguous(tensor: Tensor) -> Tensor:
