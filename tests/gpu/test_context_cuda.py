@@ -48,7 +48,9 @@ def mass_by_definition(query, keys, weights, scaling, valid=None):
 
 
 @pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-5), (torch.bfloat16, 1e-3)])
-@pytest.mark.parametrize("count, entries, dim", [(300, 300, 64), (257, 1000, 128), (1, 513, 64), (9, 3000, 80), (129, 130, 80)])
+@pytest.mark.parametrize(
+    "count, entries, dim", [(300, 300, 64), (257, 1000, 128), (1, 513, 64), (9, 3000, 80), (129, 130, 80)]
+)
 @pytest.mark.parametrize("padded", [False, True])
 def test_attention_mass_matches_its_definition(dtype, bound, count, entries, dim, padded):
     torch.manual_seed(count + dim)
