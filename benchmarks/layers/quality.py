@@ -27,8 +27,10 @@ import os
 import re
 import tempfile
 import time
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
@@ -37,7 +39,7 @@ from transformers.utils import logging
 from vestige.core.files import write_whole
 from vestige.evidence.budgets import label
 from vestige.evidence.data.text import read_source
-from vestige.evidence.descent import descend
+from vestige.evidence.descent import Descent, descend_together
 from vestige.evidence.engine.bench import device_name, now
 from vestige.evidence.engine.record import Record, cell_key
 from vestige.evidence.equal import of_size, parameters_of
@@ -57,8 +59,8 @@ RECALL = (
     *("based", "based(feature_dim=8)", "based(feature_dim=4)"),
 )
 LEARNING = (  # memories that learn: many small steps per row, which take several times as long
-    *("titans", "titans-mac", "titans-mag(window=16)", "titans-mal(window=16)", "miras", "yaad", "moneta", "memora"),
-    *("omega-net", "deep-transformers", "atlas"),
+    *("titans", "titans-mac(refresh=16)", "titans-mag(window=16)", "titans-mal(window=16)", "miras", "yaad"),
+    *("moneta(by_block=true)", "memora(by_block=true)", "omega-net", "deep-transformers", "atlas(by_block=true)"),
 )
 LANGUAGE = (
     *("softmax", "gated-delta-net", "gla", "sliding-window(window=64)", "linear-attention", "delta-net", "hgrn2"),
@@ -68,34 +70,55 @@ WIDTHS = (64, 32, 128)
 ASKED_APART = 2**32  # the rows of an examination come from seeds above this
 
 
-def recall_cells(given: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """What is measured of recall, the most telling first."""
+def recall_groups(given: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
+    """What is measured of recall, the most telling first; models of one mixer and width learn together."""
     task = {"length": given.length, "pairs": given.pairs[-1], "keys": given.keys, "values": given.keys}
-    same = {
-        "task": task,
-        "loads": given.pairs,
-        "steps": given.steps,
-        "rows": given.rows,
-        "rate": given.rate,
-        "heads": 2,
-    }
-    rounds = (
-        (given.mixers or RECALL, given.widths[:2], given.seeds),
-        ([] if given.mixers else LEARNING, given.widths[:1], given.seeds[:1]),
-        (given.mixers or RECALL, given.widths[2:], given.seeds),
-        ([] if given.mixers else LEARNING, given.widths[:1], given.seeds[1:]),
-    )
-    for blocks, widths, seeds in rounds:
-        for width in widths:
-            for seed in seeds:
-                for block in blocks:
-                    yield {"blocks": block, "width": width, "seed": seed, **same}
+    same = {"task": task, "loads": given.pairs, "steps": given.steps, "rows": given.rows, "heads": 2}
+    tuned, mine = best_rates(given.tuned), own(given)
+    for width in given.widths:
+        for block in (mixer for mixer in given.mixers or (*RECALL, *LEARNING) if mine(mixer)):
+            rates = [tuned[block, width]] if (block, width) in tuned else given.rates
+            cells = itertools.product(rates, given.seeds)
+            yield [{"blocks": block, "width": width, "seed": seed, "rate": rate, **same} for rate, seed in cells]
 
 
-def recall(cell: dict[str, Any], keep: str | None) -> dict[str, Any]:
-    """Train a model and ask it."""
-    task, width, device = MQAR(**cell["task"]), cell["width"], find_device("auto")
-    taught = itertools.cycle([task.replace(pairs=pairs) for pairs in cell["loads"]])
+def own(given: argparse.Namespace) -> Callable[[str], bool]:
+    """Whether blocks belong to this part."""
+    first, parts = (int(number) for number in given.part.split("/"))
+    listed = list(given.mixers or {"recall": (*RECALL, *LEARNING), "language": LANGUAGE}[given.what])
+    return lambda blocks: listed.index(blocks) % parts == first
+
+
+def best_rates(tuning: Path | None) -> dict[tuple[str, int], float]:
+    """The step size with the best mean score in a ledger of other seeds, for blocks and width."""
+    scores: dict[tuple[str, int], dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for line in [] if tuning is None else tuning.read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        score = mean(row["accuracy_by_pairs"].values()) if "accuracy" in row else -row["loss"]
+        scores[row["blocks"], row["width"]][row["rate"]].append(score)
+    return {of: max(rates, key=lambda rate: mean(rates[rate])) for of, rates in scores.items()}
+
+
+def recall(cells: list[dict[str, Any]], keep: str | None) -> list[dict[str, Any]]:
+    """Train models and ask them."""
+    device = find_device("auto")
+    began = now(device)
+    descents = [lesson(cell, device) for cell in cells]
+    losses = descend_together(descents)
+    seconds = now(device) - began
+    found = []
+    for cell, one, seen in zip(cells, descents, losses, strict=True):
+        tail = seen[-max(1, len(seen) // 20) :]
+        told = {"loss": sum(tail) / len(tail), "captured": one.captured, "seconds": seconds, "together": len(cells)}
+        found.append({**examined(one.model, cell), **told})
+        if keep is not None and cell["seed"] == 0 and cell["width"] <= 32:
+            save(one.model, cell, found[-1], Path(keep) / f"{found_name(cell)}-{cell['width']}")
+    return found
+
+
+def lesson(cell: dict[str, Any], device: torch.device) -> Descent:
+    """A new model, and how it is trained."""
+    task, width, loads = MQAR(**cell["task"]), cell["width"], cell["loads"]
     sizes = {
         "hidden_size": width,
         "num_attention_heads": cell["heads"],
@@ -106,35 +129,38 @@ def recall(cell: dict[str, Any], keep: str | None) -> dict[str, Any]:
     wanted = parameters_of(VestigeConfig(blocks=[FRONT, "softmax"], intermediate_size=5 * width, **sizes))
     torch.manual_seed(cell["seed"])
     model = VestigeLM(of_size(wanted, blocks=[FRONT, cell["blocks"]], **sizes)).to(device).train()
+    step = itertools.count()
 
-    def loss(chance: torch.Generator) -> torch.Tensor:
-        batch = next(taught).draw(cell["rows"], chance).to(device)
-        return task.loss(model(batch.tokens).logits, batch.targets)
+    def draw(chance: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+        number = next(step)
+        open_to = min(len(loads), 1 + number * 2 * len(loads) // cell["steps"])  # all of them from the middle on
+        batch = task.replace(pairs=loads[number % open_to]).draw(cell["rows"], chance)
+        return batch.tokens, batch.targets
 
-    began = now(model.device)
-    losses = descend(model, loss, steps=cell["steps"], rate=cell["rate"], seed=cell["seed"])
-    seconds = now(model.device) - began
+    def loss(tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return task.loss(model(tokens).logits, targets)
+
+    return Descent(model, draw, loss, steps=cell["steps"], rate=cell["rate"], seed=cell["seed"])
+
+
+def examined(model: VestigeLM, cell: dict[str, Any]) -> dict[str, Any]:
+    """What a trained model recalls, and from how many bytes."""
+    task = MQAR(**cell["task"])
     model.eval()
     asked = {pairs: task.replace(pairs=pairs) for pairs in cell["loads"]}
     right = {pairs: one.score(model, seed=ASKED_APART + cell["seed"], count=256).value for pairs, one in asked.items()}
-    row = task.draw(1, torch.Generator().manual_seed(0)).tokens.to(device)
+    row = task.draw(1, torch.Generator().manual_seed(0)).tokens.to(model.device)
     with torch.no_grad():
         state = model(row, use_cache=True).past_key_values
-    tail = losses[-max(1, len(losses) // 20) :]
-    found = {
+    return {
         "accuracy": right[task.pairs],
         "accuracy_by_pairs": right,
-        "loss": sum(tail) / len(tail),
         "parameters": model.num_parameters(),
         "state_bytes": state.nbytes_by_layer[-1],
         "held_by_all": state.nbytes,
-        "seconds": seconds,
         "chance": task.chance,
         "tokens": cell["steps"] * cell["rows"] * task.length,
     }
-    if keep is not None:
-        save(model, cell, found, Path(keep) / f"{found_name(cell)}-{width}")
-    return found
 
 
 def found_name(cell: dict[str, Any]) -> str:
@@ -168,13 +194,15 @@ for tests and examples of recall only.
     write_whole(folder / "README.md", card)
 
 
-def language_cells(given: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """What is measured of language, seed by seed."""
+def language_groups(given: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
+    """What is measured of language, seed by seed; each model learns on its own."""
     same = {"text": given.text, "vocabulary": given.vocabulary, "width": given.width, "layers": given.layers}
     same |= {"heads": given.width // 64 or 1, "length": given.length, "rows": given.rows, "steps": given.steps}
+    tuned, mine = best_rates(given.tuned), own(given)
     for seed in given.seeds:
-        for blocks in given.mixers or LANGUAGE:
-            yield {"blocks": blocks, "seed": seed, "rate": given.rate, **same}
+        for blocks in (mixer for mixer in given.mixers or LANGUAGE if mine(mixer)):
+            rates = [tuned[blocks, given.width]] if (blocks, given.width) in tuned else given.rates
+            yield from ([{"blocks": blocks, "seed": seed, "rate": rate, **same}] for rate in rates)
 
 
 def language(cell: dict[str, Any], folder: str) -> dict[str, Any]:
@@ -224,18 +252,17 @@ def prepare(cells: list[dict[str, Any]], folder: str) -> None:
     make_tokenizer(f"bpe:{cells[0]['vocabulary']}", files).save_pretrained(folder)
 
 
-def work(job: tuple[str, dict[str, Any], str | None]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """One cell, in a process of its own; what fails is told and no row."""
-    kind, cell, folder = job
+def work(job: tuple[str, list[dict[str, Any]], str | None]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """Cells that are measured together, in a process of their own; what fails is told and no row."""
+    kind, cells, folder = job
     torch.set_num_threads(1)
     logging.disable_progress_bar()
-    keep = folder if kind == "recall" and cell["seed"] == 0 and cell["width"] <= 32 else None
     try:
         with open(os.devnull, "w") as nothing, contextlib.redirect_stdout(nothing):  # noqa: PTH123
-            found = recall(cell, keep) if kind == "recall" else language(cell, str(folder))
-        return cell, found
+            found = recall(cells, folder) if kind == "recall" else [language(cell, str(folder)) for cell in cells]
+        return list(zip(cells, found, strict=True))
     except Exception as error:
-        return cell, {"error": f"{type(error).__name__}: {str(error)[:300]}"}
+        return [(cell, {"error": f"{type(error).__name__}: {str(error)[:300]}"}) for cell in cells]
 
 
 def named(cell: dict[str, Any]) -> str:
@@ -244,33 +271,36 @@ def named(cell: dict[str, Any]) -> str:
     return label(blocks[0][0].mixer) if len(blocks) == 1 else cell["blocks"]
 
 
-def measure(given: argparse.Namespace, cells: list[dict[str, Any]]) -> None:
+def measure(given: argparse.Namespace, groups: list[list[dict[str, Any]]]) -> None:
     """Measure the cells that the ledger lacks, several at once, until all are there or time is up."""
     end = time.monotonic() + 60 * given.minutes
     record, device = Record(given.out), device_name(find_device("auto"))  # type: ignore[arg-type]
-    first, parts = (int(number) for number in given.part.split("/"))
-    keys = {id(cell): cell_key(f"quality-{given.what}", device=device, **cell) for cell in cells}
-    left = [cell for cell in cells[first::parts] if keys[id(cell)] not in record.known]
-    print(f"{len(left)} of {len(cells)} cells on {device}", flush=True)
+
+    def key(cell: dict[str, Any]) -> str:
+        return cell_key(f"quality-{given.what}", device=device, **cell)
+
+    left = [missing for group in groups if (missing := [cell for cell in group if key(cell) not in record.known])]
+    print(f"{sum(map(len, left))} of {sum(map(len, groups))} cells on {device}", flush=True)
     with tempfile.TemporaryDirectory() as scratch:
         if given.what == "language":
-            prepare(left, scratch)
+            prepare(list(itertools.chain(*left)), scratch)
         folder = scratch if given.what == "language" else given.keep
         with multiprocessing.get_context("spawn").Pool(given.workers) as pool:
-            done = pool.imap_unordered(work, [(given.what, cell, folder) for cell in left])
+            done = pool.imap_unordered(work, [(given.what, group, folder) for group in left])
             for number in range(len(left)):
                 try:
-                    cell, found = done.next(timeout=max(0.0, end - time.monotonic()))
+                    seen = done.next(timeout=max(0.0, end - time.monotonic()))
                 except multiprocessing.TimeoutError:
-                    print(f"time is up after {number} cells", flush=True)
+                    print(f"time is up after {number} of {len(left)} groups", flush=True)
                     return
-                score = found.get("error") or {k: round(v, 4) for k, v in found.items() if isinstance(v, float)}
-                print(number + 1, cell["blocks"], f"width {cell['width']}, seed {cell['seed']}:", score, flush=True)
-                if "error" not in found:
-                    key = cell_key(f"quality-{given.what}", device=device, **cell)
-                    mixers = sorted({block.mixer.name for block, _ in parse_blocks(cell["blocks"])})
-                    names = {"mixer": named(cell), "mixers": mixers}
-                    record.store(key, study=f"layers-{given.what}", **names, **cell, **found)
+                for cell, found in seen:
+                    score = found.get("error") or {k: round(v, 4) for k, v in found.items() if isinstance(v, float)}
+                    where = f"width {cell['width']}, rate {cell['rate']:g}, seed {cell['seed']}:"
+                    print(number + 1, cell["blocks"], where, score, flush=True)
+                    if "error" not in found:
+                        mixers = sorted({block.mixer.name for block, _ in parse_blocks(cell["blocks"])})
+                        names = {"mixer": named(cell), "mixers": mixers}
+                        record.store(key(cell), study=f"layers-{given.what}", **names, **cell, **found)
 
 
 def arguments() -> argparse.Namespace:
@@ -281,28 +311,28 @@ def arguments() -> argparse.Namespace:
         way.add_argument("--out", type=Path, required=True, help="the ledger, a file of JSON lines")
         way.add_argument("--minutes", type=float, default=600.0, help="stop after so many")
         way.add_argument("--workers", type=int, default=1, help="models that are trained at once")
-        way.add_argument("--part", default="0/1", help="I/N: every Nth cell from the Ith")
+        way.add_argument("--part", default="0/1", help="I/N: every Nth mixer from the Ith")
         way.add_argument("--mixers", nargs="+", help="blocks to measure instead of the list of this file")
         way.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+        way.add_argument("--rates", type=float, nargs="+", default=[2e-3], help="largest step sizes")
+        way.add_argument("--tuned", type=Path, help="a ledger of other seeds: of each mixer the best of its rates")
     sizes: dict[argparse.ArgumentParser, dict[str, int]] = {
-        one: {"length": 96, "keys": 64, "steps": 1200, "rows": 64},
+        one: {"length": 192, "keys": 64, "steps": 4000, "rows": 64},
         other: {"width": 384, "layers": 5, "length": 512, "vocabulary": 4096, "steps": 600, "rows": 32},
     }
     for way, numbers in sizes.items():
         for name, default in numbers.items():
             way.add_argument(f"--{name}", type=int, default=default)
     one.add_argument("--widths", type=int, nargs="+", default=list(WIDTHS))
-    one.add_argument("--pairs", type=int, nargs="+", default=[4, 8, 16, 32], help="in a row: taught in turn, all asked")
-    one.add_argument("--rate", type=float, default=4e-3, help="largest step size")
+    one.add_argument("--pairs", type=int, nargs="+", default=[4, 8, 16, 32, 64], help="in a row, rising")
     one.add_argument("--keep", help="folder for the smallest trained models of seed 0, with cards")
-    other.add_argument("--rate", type=float, default=2e-3, help="largest step size")
     other.add_argument("--text", default="sotu", help="see vestige.evidence.data.text.SOURCES")
     return parser.parse_args()
 
 
 def main() -> None:
     given = arguments()
-    measure(given, list({"recall": recall_cells, "language": language_cells}[given.what](given)))
+    measure(given, list({"recall": recall_groups, "language": language_groups}[given.what](given)))
 
 
 if __name__ == "__main__":

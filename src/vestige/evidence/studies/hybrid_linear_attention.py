@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from functools import partial
 from itertools import cycle
 from multiprocessing import get_context
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from vestige.core.method import Paper, Verdict, param
 from vestige.errors import SpecError
-from vestige.evidence.descent import descend
+from vestige.evidence.descent import Descent, descend_together
 from vestige.evidence.equal import of_size, parameters_of
 from vestige.evidence.report.page import Figure
 from vestige.evidence.studies.small_lm import byte_text, crops
@@ -61,7 +61,7 @@ class HybridLinearAttention(Study):
     FULL = {  # noqa: RUF012
         **{"mixers": ("gla", "hgrn2", "gated-delta-net"), "ratios": (1, 3, 6, 12), "layers": 13},
         **{"hidden": 64, "length": 64, "pairs": 16, "keys": 32},
-        **{"rows": 32, "texts": 32, "steps": 1000, "rate": 3e-3, "workers": 4, "batch": 64},
+        **{"rows": 32, "texts": 32, "steps": 1000, "rate": 3e-3, "workers": 8, "batch": 64},
     }
 
     mixers: tuple[str, ...] = param(("gla", "gated-delta-net"), "linear attention, by the names of mixers")
@@ -112,11 +112,20 @@ class HybridLinearAttention(Study):
                 full = full_places(self.layers, ratio)
                 plan[mixer, name] = [SOFTMAX if here else mixer for here in full]
         seen: dict[str, dict[str, Any]] = {mixer: {} for mixer in (SOFTMAX, *self.mixers)}
+        # On CUDA those of one process take turns, which costs little; on the CPU each is told of as it comes.
+        parts = min(self.workers, len(plan)) if bench.device.type == "cuda" else len(plan)
+        names = list(plan)
+        shares = [names[part::parts] for part in range(parts)]
+        done = 0
         with self._processes() as each:
-            found = each(partial(self._one, seed=seed, device=bench.device), plan.values())
-            for done, ((mixer, name), one) in enumerate(zip(plan, found, strict=True), 1):
-                seen[mixer][name] = one
-                bench.tell(done / len(plan), f"{mixer}, {name}")
+            stacks = [[plan[name] for name in share] for share in shares]
+            for share, found in zip(
+                shares, each(partial(self._some, seed=seed, device=bench.device), stacks), strict=True
+            ):
+                for (mixer, name), one in zip(share, found, strict=True):
+                    seen[mixer][name] = one
+                    done += 1
+                    bench.tell(done / len(plan), f"{mixer}, {name}")
         return seen
 
     @contextmanager
@@ -128,26 +137,38 @@ class HybridLinearAttention(Study):
         with get_context("spawn").Pool(self.workers, torch.set_num_threads, (1,)) as pool:
             yield pool.imap
 
-    def _one(self, layers: Sequence[str], seed: int, device: torch.device) -> dict[str, float]:
-        """Train one model and look at it."""
+    def _some(self, stacks: Sequence[Sequence[str]], seed: int, device: torch.device) -> list[dict[str, float]]:
+        """Train models in turns and look at them."""
+        descents = [self._lesson(layers, seed, device) for layers in stacks]
+        descend_together(descents)
+        return [self._look(cast("VestigeLM", one.model), seed) for one in descents]
+
+    def _lesson(self, layers: Sequence[str], seed: int, device: torch.device) -> Descent:
+        """A new model, and how it is trained."""
         torch.manual_seed(seed)
         model = VestigeLM(self._config(layers)).to(device).train()
-        task, (text, held_out) = self.task, byte_text()
-        taught = cycle([task.replace(pairs=max(1, self.pairs // part)) for part in (4, 2, 1)])
+        text = byte_text()[0].to(device)
+        taught = cycle([self.task.replace(pairs=max(1, self.pairs // part)) for part in (4, 2, 1)])
 
-        def loss(chance: torch.Generator) -> Tensor:
-            some = next(taught)
-            pairs = some.draw(self.rows, chance)
+        def draw(chance: torch.Generator) -> tuple[Tensor, Tensor]:
+            pairs = next(taught).draw(self.rows, chance)
             read = crops(text, self.texts, self.length + 1, chance)
-            tokens = torch.cat([pairs.tokens + BYTES, read[:, :-1]]).to(device)
-            due = torch.cat([_shifted(pairs.targets), read[:, 1:]]).to(device)
-            losses = _losses(model(tokens).logits, due)
-            return losses[: self.rows].sum() / (self.rows * some.pairs) + losses[self.rows :].mean()
+            tokens = torch.cat([pairs.tokens + BYTES, read[:, :-1]])
+            return tokens, torch.cat([_shifted(pairs.targets), read[:, 1:]])
 
-        descend(model, loss, steps=self.steps, rate=self.rate, seed=seed)
+        def loss(tokens: Tensor, due: Tensor) -> Tensor:
+            losses = _losses(model(tokens).logits, due)
+            asked = (due[: self.rows] != IGNORE).sum()
+            return losses[: self.rows].sum() / asked + losses[self.rows :].mean()
+
+        return Descent(model, draw, loss, steps=self.steps, rate=self.rate, seed=seed)
+
+    def _look(self, model: VestigeLM, seed: int) -> dict[str, float]:
+        """What a trained model recalls, and its loss on text held out."""
         model.eval()
+        device = model.device
         chance = torch.Generator().manual_seed(ASKED_APART + seed)
-        pairs, read = task.draw(self.asked, chance), crops(held_out, self.asked, self.length + 1, chance)
+        pairs, read = self.task.draw(self.asked, chance), crops(byte_text()[1], self.asked, self.length + 1, chance)
         right, total = 0, 0.0
         with torch.no_grad():
             for tokens, due in zip(pairs.tokens.split(self.batch), pairs.targets.split(self.batch), strict=True):

@@ -198,8 +198,9 @@ def byte_text(held_out: float = 0.1) -> tuple[Tensor, Tensor]:
 
 def crops(text: Int[Tensor, " bytes"], rows: int, length: int, chance: torch.Generator) -> Int[Tensor, "rows length"]:
     """Pieces of a text that begin anywhere."""
-    starts = torch.randint(len(text) - length + 1, (rows, 1), generator=chance)
-    return text[starts + torch.arange(length)]
+    device = chance.device
+    starts = torch.randint(len(text) - length + 1, (rows, 1), generator=chance, device=device)
+    return text.to(device)[starts + torch.arange(length, device=device)]
 
 
 def train(

@@ -44,13 +44,13 @@ class MQAR(TrainingTask):
     def draw(self, rows: int, generator: torch.Generator) -> Batch:
         keys, values = write_pairs(rows, generator, pairs=self.pairs, keys=self.keys, values=self.values)
         keys, values = 1 + keys, 1 + self.keys + values
-        room = self.length - 2 * self.pairs
+        room, device = self.length - 2 * self.pairs, generator.device
         # The highest of these sums are a draw without replacement by the weights.
-        weight = -self.skew * torch.arange(1, room + 1).log()
-        noise = -torch.rand(rows, room, generator=generator).clamp_min(1e-20).log()
+        weight = -self.skew * torch.arange(1, room + 1, device=device).log()
+        noise = -torch.rand(rows, room, generator=generator, device=device).clamp_min(1e-20).log()
         places = (weight - noise.log()).topk(self.pairs, dim=1).indices
         places = places.gather(1, shuffled(rows, self.pairs, generator))
-        asked = torch.zeros(rows, room, dtype=torch.long).scatter(1, places, keys)
-        due = torch.full((rows, room), IGNORE).scatter(1, places, values)
+        asked = torch.zeros(rows, room, dtype=torch.long, device=device).scatter(1, places, keys)
+        due = torch.full((rows, room), IGNORE, device=device).scatter(1, places, values)
         said = torch.stack([keys, values], 2).flatten(1)
         return Batch(torch.cat([said, asked], 1), torch.cat([torch.full_like(said, IGNORE), due], 1))

@@ -108,9 +108,9 @@ def write_pairs(
     order = shuffled(rows, keys, generator)[:, :pairs]
     again = order.gather(1, shuffled(rows, pairs, generator)[:, :rewritten])
     said = torch.cat([order, again], 1)
-    return said, torch.randint(values, said.shape, generator=generator)
+    return said, torch.randint(values, said.shape, generator=generator, device=generator.device)
 
 
 def shuffled(rows: int, count: int, generator: torch.Generator) -> Int[Tensor, "rows count"]:
     """The numbers below ``count`` in a random order for each row."""
-    return torch.rand(rows, count, generator=generator).argsort(1)
+    return torch.rand(rows, count, generator=generator, device=generator.device).argsort(1)

@@ -71,6 +71,8 @@ def serves(drive: Drive) -> bool:
     channelwise = drive.decay is not None and drive.decay.dim() == 4
     if drive.k.shape[-1] > WIDEST_KEY or (channelwise and drive.beta is not None):
         return False
+    if (drive.k.shape[-1] % 2 or drive.v.shape[-1] % 2) and _differentiated(drive):
+        return False  # their backward pass wants even sizes
     by_token = drive.decay is not None and not channelwise and not (drive.beta is None and _fixed(drive.decay))
     return not (by_token and _differentiated(drive) and _refused(drive.v.device))
 

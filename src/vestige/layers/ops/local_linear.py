@@ -201,9 +201,10 @@ def _conjugate_gradients(
     z, rest, direction = torch.zeros_like(due), due, due
     size = rest.square().sum(-1, keepdim=True)
     enough = size * (8 * torch.finfo(due.dtype).eps) ** 2
+    may_look = not torch.compiler.is_compiling() and not (due.is_cuda and torch.cuda.is_current_stream_capturing())
     for _ in range(iterations):
         working = size > enough
-        if not torch.compiler.is_compiling() and not bool(working.any()):
+        if may_look and not bool(working.any()):
             break
         ahead = _product(p, k, mean, ridge, direction)
         step = torch.where(working, size / (direction * ahead).sum(-1, keepdim=True), 0)
