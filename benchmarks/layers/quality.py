@@ -5,11 +5,12 @@
 
 ``recall``: multi-query associative recall (arXiv 2312.04927). A model has two blocks: one that can hold no pairs, the
 same for all, whose short convolution tells each value its key (without it a model learns for thousands of steps before
-it recalls anything at all), and one of the mixer. Rows with 4, 8, 16 and 32 pairs take turns while it learns;
-``accuracy`` is that on rows with the most. ``state_bytes`` are what the second one holds after a row, in float32.
+it recalls anything at all), and one of the mixer. Rows have 4 pairs at first and by and by up to 64; all loads take
+turns from the middle on. ``accuracy`` is that on rows with the most. ``state_bytes`` are what the second block holds
+after a row, in float32. Steps are replayed as CUDA graphs, and models of one mixer take turns.
 
-``language``: State of the Union addresses, byte-pair tokens, the last twentieth held out, under bfloat16 autocast on
-CUDA; all blocks are of the mixer, or of the pattern that is named.
+``language``: State of the Union addresses, byte-pair tokens, the last twentieth held out; all blocks are of the mixer,
+or of the pattern that is named.
 
 All models of one size have the same number of parameters (what a mixer takes, the channel mixers give) and see the
 same tokens. Every row is added to ``--out`` as it comes; what stands there is not measured again, so a run may be
@@ -198,6 +199,7 @@ def language_groups(given: argparse.Namespace) -> Iterator[list[dict[str, Any]]]
     """What is measured of language, seed by seed; each model learns on its own."""
     same = {"text": given.text, "vocabulary": given.vocabulary, "width": given.width, "layers": given.layers}
     same |= {"heads": given.width // 64 or 1, "length": given.length, "rows": given.rows, "steps": given.steps}
+    same |= {"precision": given.precision}
     tuned, mine = best_rates(given.tuned), own(given)
     for seed in given.seeds:
         for blocks in (mixer for mixer in given.mixers or LANGUAGE if mine(mixer)):
@@ -229,7 +231,7 @@ def language(cell: dict[str, Any], folder: str) -> dict[str, Any]:
                 "steps": cell["steps"],
                 "warmup": max(1, cell["steps"] // 10),
                 "learning_rate": cell["rate"],
-                "precision": "bfloat16" if torch.cuda.is_available() else "float32",
+                "precision": cell["precision"],
                 "evaluate_every": cell["steps"],
                 "save_every": cell["steps"],
                 "seed": cell["seed"],
@@ -326,6 +328,7 @@ def arguments() -> argparse.Namespace:
     one.add_argument("--widths", type=int, nargs="+", default=list(WIDTHS))
     one.add_argument("--pairs", type=int, nargs="+", default=[4, 8, 16, 32, 64], help="in a row, rising")
     one.add_argument("--keep", help="folder for the smallest trained models of seed 0, with cards")
+    other.add_argument("--precision", default="float32", help="float32, or bfloat16: what layers work in")
     other.add_argument("--text", default="sotu", help="see vestige.evidence.data.text.SOURCES")
     return parser.parse_args()
 
