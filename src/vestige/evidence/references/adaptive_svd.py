@@ -62,7 +62,6 @@ def learn(
     frozen: float,
     from_start: bool,
     rows: int,
-    every: int,
 ) -> Weights:
     """``rows`` is a saving: here every row is looked at. After plain descent there is nothing to be put back."""
     found: list[dict[str, float]] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -19,6 +20,10 @@ from vestige.weights.retain.session import Session, wide
 from vestige.weights.retain.stream import Experience
 
 __all__ = ["AdaptiveSVD", "Kept", "Side", "importance", "ranks"]
+
+WIDTHS = 16
+"""Matrices of one shape are worked on together where their ranks are as near as this part of the largest possible;
+they are brought to one width with zeros, which cost time."""
 
 
 def importance(x: Tensor, y: Tensor) -> Tensor:
@@ -140,7 +145,8 @@ class Kept:
 class _AdaptiveSVD(Running):
     def __init__(self, learner: Any) -> None:
         super().__init__(learner)
-        self.groups: dict[str, list[str]] = {}  # the names of matrices of one shape, which are worked on together
+        self.count: dict[str, int] = {}  # directions that are kept of each matrix
+        self.groups: dict[str, list[str]] = {}  # the names of matrices that are worked on together
         self.kept: dict[str, Kept] = {}
         self.scores: dict[str, float] = {}
 
@@ -161,27 +167,34 @@ class _AdaptiveSVD(Running):
         }
         if not self.targets:
             raise UnsupportedModelError(f"{self.learner.name}: none of the model's matrices is trained")
-        for name, module in self.targets.items():
-            shape = "x".join(map(str, module.weight.shape))
-            self.groups.setdefault(f"{shape} on {module.weight.device}", []).append(name)
         if self.learner.frozen and not 0 < self.learner.frozen < 1:
             raise SpecError(f"parameter 'frozen' is {self.learner.frozen}; allowed: 0 to 1")
 
+    def _group(self) -> None:
+        """Put together matrices of one shape and nearly one rank; none of those of which nothing is kept."""
+        self.groups = {}
+        for name, count in self.count.items():
+            if count:
+                weight = self.targets[name].weight
+                width = math.ceil(WIDTHS * count / min(weight.shape))
+                key = f"{'x'.join(map(str, weight.shape))} to {width}/{WIDTHS} on {weight.device}"
+                self.groups.setdefault(key, []).append(name)
+
     def before(self, session: Session, experience: Experience) -> None:
-        self.kept = {}
+        self.count, self.groups, self.kept = {}, {}, {}
         if not experience.index and not self.learner.from_start:
             return
         if not experience.index:
             self.scores = self._measure(session, experience)
         sizes = {name: min(module.weight.shape) for name, module in self.targets.items()}
         if self.learner.frozen:
-            count = {name: min(int(self.learner.frozen * size), size - 1) for name, size in sizes.items()}
+            self.count = {name: min(int(self.learner.frozen * size), size - 1) for name, size in sizes.items()}
         else:
-            count = ranks(self.scores, sizes, self.learner.least, self.learner.most)
+            self.count = ranks(self.scores, sizes, self.learner.least, self.learner.most)
+        self._group()
         for group, names in self.groups.items():
-            if any(count[name] for name in names):
-                weights = torch.stack([wide(self.targets[name].weight.detach()) for name in names])
-                self.kept[group] = Kept.of(weights, torch.tensor([count[name] for name in names]))
+            weights = torch.stack([wide(self.targets[name].weight.detach()) for name in names])
+            self.kept[group] = Kept.of(weights, torch.tensor([self.count[name] for name in names]))
 
     def _measure(self, session: Session, experience: Experience) -> dict[str, float]:
         """Importance of each matrix on some rows of an experience."""
@@ -215,19 +228,14 @@ class _AdaptiveSVD(Running):
             if pairs:
                 torch._foreach_copy_([old for old, _ in pairs], [new for _, new in pairs])
 
-    def stepped(self, session: Session) -> None:
-        if not (session.step + 1) % self.learner.every:
-            self._restore()
-
     @torch.no_grad()
-    def _restore(self) -> None:
+    def stepped(self, session: Session) -> None:
         for group, kept in self.kept.items():
             weights = [self.targets[name].weight for name in self.groups[group]]
             found = kept.restore(torch.stack([wide(w) for w in weights]))
             torch._foreach_copy_(weights, list(found))
 
     def after(self, session: Session, experience: Experience) -> None:
-        self._restore()
         now = self._measure(session, experience)
         n = experience.index
         # The mean over all experiences so far, from their own data, none of which is kept.
@@ -239,35 +247,38 @@ class _AdaptiveSVD(Running):
             parts |= {f"ranks:{group}": kept.ranks, f"start:{group}": kept.start}
             for name, side in (("left", kept.left), ("right", kept.right)):
                 parts[f"{name}-{'free' if side.free else 'kept'}:{group}"] = side.basis
-        order = [self.scores.get(name, 0.0) for name in sorted(self.targets)] if self.scores else []
-        return {**parts, "importance": torch.tensor(order, dtype=torch.float64)}
+        for name, values in (("importance", self.scores), ("count", self.count)):
+            parts[name] = torch.tensor([values[key] for key in self.targets if values], dtype=torch.float64)
+        return parts
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        order = tensors["importance"].tolist()
-        self.scores = dict(zip(sorted(self.targets), order, strict=True)) if order else {}
+        def by_matrix(name: str) -> dict[str, float]:
+            values = tensors[name].tolist()
+            return dict(zip(self.targets, values, strict=True)) if values else {}
 
         def side(name: str, group: str) -> Side:
             free = f"{name}-free:{group}" in tensors
             return Side(tensors[f"{name}-{'free' if free else 'kept'}:{group}"], free)
 
+        self.scores = by_matrix("importance")
+        self.count = {name: int(count) for name, count in by_matrix("count").items()}
+        self._group()
         self.kept = {
-            group: Kept(ranks.cpu(), side("left", group), side("right", group), tensors[f"start:{group}"])
+            group: Kept(tensors[f"ranks:{group}"].cpu(), side("left", group), side("right", group), start)
             for group in self.groups
-            if (ranks := tensors.get(f"ranks:{group}")) is not None
+            for start in [tensors[f"start:{group}"]]
         }
 
     def report(self) -> dict[str, Any]:
-        kept = {g: dict(zip(names, self.kept[g].ranks.tolist(), strict=True))
-                for g, names in self.groups.items() if g in self.kept}  # fmt: skip
-        return {"importance": self.scores, "kept": {name: k for each in kept.values() for name, k in each.items()}}
+        return {"importance": self.scores, "kept": self.count}
 
 
 class AdaptiveSVD(Learner):
     """Keep the largest singular directions of every matrix, and learn in the others only.
 
     Before each experience every matrix of attention and feed-forward is decomposed. The gradient loses what lies in
-    the kept directions. What an optimizer with moments or decay moves there all the same is put back every few
-    updates, and at the end, so that after each experience U^T (W - W*) V = 0 holds exactly under any of them. How many
+    the kept directions. What an optimizer with moments or decay moves there all the same is put back after the
+    update, so that U^T (W - W*) V = 0 holds exactly under any of them, all the time. How many
     directions stay depends on how much a layer changes its input: the cosine between a layer's inputs and outputs, on
     the data of earlier experiences, as they are learnt. No parameters are added. The output layer and the embeddings
     are free.
@@ -293,7 +304,6 @@ class AdaptiveSVD(Learner):
     most: float = param(0.8, "share kept in a layer of mean importance", ge=0, le=1)
     frozen: float = param(0.0, "the same share for all layers instead; 0: by importance", ge=0, lt=1)
     from_start: bool = param(False, "keep directions of the weights that the model came with")
-    every: int = param(4, "updates after which the kept parts of weights are put back", ge=1)
     rows: int = param(256, "rows of each experience that importance is measured on", ge=1)
 
     owns: ClassVar[frozenset[str]] = frozenset({"weights"})
