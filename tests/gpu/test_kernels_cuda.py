@@ -13,9 +13,10 @@ from torch.nn import functional as F
 
 pytest.importorskip("triton")
 from vestige.layers.ops.delta_triton import delta_cuda
-from vestige.layers.ops.learning.perceptron import _through_norm
-from vestige.layers.ops.learning.slopes_triton import through_gelu, through_norm
-from vestige.layers.ops.learning.update_triton import update_cuda
+from vestige.layers.ops.learning.perceptron import twice_gelu, twice_norm
+from vestige.layers.ops.learning.scan import _update, _update_back
+from vestige.layers.ops.learning.slopes_triton import twice_gelu_cuda, twice_norm_cuda
+from vestige.layers.ops.learning.update_triton import update_back_cuda, update_cuda
 from vestige.layers.ops.local_linear import by_blocks
 from vestige.layers.ops.local_linear_triton import local_linear_cuda
 from vestige.layers.ops.recurrence import Drive, chunked
@@ -216,52 +217,50 @@ def test_local_linear_attention(length, past, dim, width, case):
     )
 
 
+def near(here, there, most=MOST[torch.float32]):
+    """Whether each of some tensors is near another in float64."""
+    for mine, due in zip(here, there, strict=True):
+        assert due.dtype == torch.float64 and (mine.double() - due).norm() <= most * due.norm() + 1e-6
+
+
 @pytest.mark.parametrize(("tokens", "height", "width"), [(1, 16, 32), (50, 70, 24), (64, 32, 128)])
 def test_what_a_memory_holds_after_a_block(tokens, height, width):
     torch.manual_seed(0)
-    memories = (2, 2)
-    shapes = {
-        "total": (height, width),
-        "surprise": (height, width),
-        "inputs": (tokens, height),
-        "slope": (tokens, width),
-    }
-    parts = {name: torch.randn(*memories, *shape) for name, shape in shapes.items()}
-    parts |= {name: torch.rand(memories) for name in ("left", "carry", "along")}
-    parts |= {name: torch.rand(*memories, tokens) for name in ("share", "heap")}
-    parts = {name: t.to(DEVICE) for name, t in parts.items()}
+    before, d_after = ([torch.randn(4, height, width, device=DEVICE) for _ in range(2)] for _ in range(2))
+    rest = [torch.randn(4, tokens, height), torch.randn(4, tokens, width), torch.rand(3, 4)]
+    rest = [t.to(DEVICE) for t in (*rest, torch.rand(4, tokens), torch.rand(4, tokens))]
 
-    def kernel(left, carry, along, **rest):
-        return update_cuda(**rest, gates=torch.stack([left, carry, along]))
+    def double(tensors):
+        return [t.double() for t in tensors]
 
-    def plainly(total, surprise, inputs, slope, left, carry, along, share, heap):
-        left, carry, along = (t[..., None, None] for t in (left, carry, along))
-        held = left * total + carry * surprise - inputs.mT @ (share[..., None] * slope)
-        return held, along * surprise - inputs.mT @ (heap[..., None] * slope)
-
-    compare(kernel, plainly, parts, MOST[torch.float32])
+    here, there = [torch.empty_like(t) for t in before], [torch.empty_like(t).double() for t in before]
+    update_cuda(before, *rest, here)
+    _update(double(before), *double(rest), there)
+    near(here, there)
+    (held, left), (due_held, due_left) = (
+        update_back_cuda(before, rest[2], d_after),
+        _update_back(double(before), rest[2].double(), double(d_after)),
+    )
+    near([*held, left], [*due_held, due_left])
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 5, 24), (1, 2, 64, 128)])
 def test_slopes_of_a_memory(shape):
-    """Through GELU and through a norm, and what is differentiated once more."""
+    """What slopes through GELU and through a norm depend on; the derivatives in float64 are PyTorch's own."""
     torch.manual_seed(0)
-    parts = {"slope": torch.randn(shape, device=DEVICE), "x": 2 * torch.randn(shape, device=DEVICE) + 0.5}
-
-    def normed(form):
-        def run(slope, x):
-            _, mean, inverse = torch.native_layer_norm(x, shape[-1:], None, None, 1e-5)
-            return (form(slope, x, mean.detach(), inverse.detach()),)
-
-        return run
-
-    compare(normed(through_norm), normed(_through_norm), parts, MOST[torch.float32])
-    compare(
-        lambda slope, x: (through_gelu(slope, x),),
-        lambda slope, x: (torch.ops.aten.gelu_backward(slope, x),),
-        parts,
-        MOST[torch.float32],
-    )
+    u, slope, x = (torch.randn(shape, device=DEVICE) for _ in range(3))
+    x = 2 * x + 0.5
+    given = [t.double().requires_grad_() for t in (slope, x)]
+    found = torch.autograd.grad(torch.ops.aten.gelu_backward(*given), given, u.double())
+    near(twice_gelu_cuda(u, slope, x), found)
+    near(twice_gelu(*(t.double() for t in (u, slope, x))), found)
+    _, *moments = torch.native_layer_norm(given[1], shape[-1:], None, None, 1e-5)
+    normed = torch.nn.functional.layer_norm(given[1], shape[-1:])
+    (through,) = torch.autograd.grad(normed, given[1], given[0], create_graph=True)
+    found = torch.autograd.grad(through, given, u.double())
+    moments = [t.detach() for t in moments]
+    near(twice_norm_cuda(u, slope, x, *(t.float() for t in moments)), found)
+    near(twice_norm(u.double(), *(t.detach() for t in given), *moments), found)
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")

@@ -95,7 +95,7 @@ def test_slopes_are_those_of_the_loss(name):
         "dot": -(answer * value).sum(-1),
     }[name]
     (due,) = torch.autograd.grad(loss.sum(), answer)
-    torch.testing.assert_close(Bias(name).slope(answer.detach(), value, bound), due, atol=1e-5, rtol=0)
+    torch.testing.assert_close(Bias(name).slope(error.detach(), value, bound), due, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("shape", [(5, 9), (9, 5)])

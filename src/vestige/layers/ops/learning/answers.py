@@ -60,15 +60,15 @@ class _Answer(torch.autograd.Function):
 
 
 def answer(
-    z: Float[Tensor, "batch heads slots inputs"],
-    total: Float[Tensor, "batch heads inputs outputs"],
-    surprise: Float[Tensor, "batch heads inputs outputs"] | None,
-    inputs: Float[Tensor, "batch heads rows inputs"],
-    slope: Float[Tensor, "batch heads rows outputs"],
-    within: Float[Tensor, "batch heads slots rows"],
-    into: Float[Tensor, "batch heads slots"],
-    carry: Float[Tensor, "batch heads slots"] | None,
-) -> Float[Tensor, "batch heads slots outputs"]:
+    z: Float[Tensor, "blocks memories slots inputs"],
+    total: Float[Tensor, "blocks memories inputs outputs"],
+    surprise: Float[Tensor, "blocks memories inputs outputs"] | None,
+    inputs: Float[Tensor, "blocks memories rows inputs"],
+    slope: Float[Tensor, "blocks memories rows outputs"],
+    within: Float[Tensor, "blocks memories slots rows"],
+    into: Float[Tensor, "blocks memories slots"],
+    carry: Float[Tensor, "blocks memories slots"] | None,
+) -> Float[Tensor, "blocks memories slots outputs"]:
     """The answers; without surprise, ``carry`` is ``None`` too."""
     parts = (z, total, surprise, inputs, slope, within)
     flat = [None if t is None else t.flatten(0, 1) for t in parts]

@@ -30,14 +30,13 @@ class Bias:
 
     def slope(
         self,
-        answer: Float[Tensor, "... tokens dim"],
+        error: Float[Tensor, "... tokens dim"],
         value: Float[Tensor, "... tokens dim"],
         bound: Float[Tensor, "... tokens"] | None = None,
     ) -> Float[Tensor, "... tokens dim"]:
         """The slope of the loss in the answer; ``bound`` is the delta of ``huber``."""
         if self.name == "dot":
             return -value
-        error = answer - value
         if self.name == "l2":
             return 2 * error
         if self.name == "lp":
@@ -45,3 +44,26 @@ class Bias:
         assert bound is not None
         size = (error.square().sum(-1, keepdim=True) + SMOOTH**2).sqrt()
         return error * torch.clamp(bound[..., None] / size, max=1.0)
+
+    def back(
+        self,
+        u: Float[Tensor, "... tokens dim"],
+        error: Float[Tensor, "... tokens dim"],
+        bound: Float[Tensor, "... tokens"] | None = None,
+    ) -> tuple[Float[Tensor, "... tokens dim"], Float[Tensor, "... tokens dim"], Float[Tensor, "... tokens"] | None]:
+        """The slopes in answer, value and bound of what :meth:`slope` makes of them, from the slope ``u`` in that."""
+        if self.name == "dot":
+            return torch.zeros_like(u), -u, None
+        if self.name == "l2":
+            return 2 * u, -2 * u, None
+        if self.name == "lp":
+            square = error.square() + SMOOTH
+            bent = square.pow(self.power / 2 - 2) * (square + (self.power - 2) * error.square())
+            found = self.power * bent * u
+            return found, -found, None
+        assert bound is not None
+        square = error.square().sum(-1, keepdim=True) + SMOOTH**2
+        along = (error * u).sum(-1, keepdim=True)
+        share, beyond = bound[..., None] * square.rsqrt(), bound[..., None] < square.sqrt()
+        found = torch.where(beyond, share * (u - along / square * error), u)
+        return found, -found, torch.where(beyond, along * square.rsqrt(), 0)[..., 0]

@@ -29,6 +29,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -39,12 +40,18 @@ from torch.utils.checkpoint import checkpoint
 from vestige.layers.ops.learning.answers import answer
 from vestige.layers.ops.learning.biases import Bias
 from vestige.layers.ops.learning.blocks import Blocks
+from vestige.layers.ops.learning.lessons import taught
 from vestige.layers.ops.learning.perceptron import Perceptron
 from vestige.layers.ops.learning.retentions import Retention
+from vestige.layers.ops.learning.scan import Scanned, scan
 from vestige.layers.ops.learning.steps import FeatureName, Features, newton_schulz
-from vestige.layers.ops.recurrence import FAINTEST, exact, has_kernels
+from vestige.layers.ops.recurrence import FAINTEST, exact
 
 __all__ = ["Brain", "Lesson", "Rule", "begin", "learn", "recall"]
+
+HELD_AT_ONCE = {"cpu": 1 << 25}
+"""Bytes of what memories hold at the beginnings of blocks that are answered at once; on other devices 1 GB, for there
+it is the number of steps that takes time."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +79,11 @@ class Rule:
     by_block: bool = False
     feature: FeatureName = "none"
     degree: int = 1
+
+    @property
+    def linear(self) -> bool:
+        """Whether weights are sums of slopes, and queries answered with those of their own slot."""
+        return self.retention.linear and not self.muon and not self.by_block
 
 
 @dataclass(frozen=True)
@@ -209,31 +221,27 @@ def learn(
         newborn = begin(rule, slow, lesson, {}) if blocks.fresh else brain
         feature = Features.of(rule.feature, lesson.k.shape[-1], rule.degree, lesson.k)
         pages = _pages(rule, lesson, held, blocks)
-        read = []
-        for n in range(blocks.count):
-            if blocks.fresh:
-                brain = newborn.pick(blocks.fresh[n], brain)
-            answer, brain = _block(rule, slow, feature, pages[n], brain)
-            read.append(answer)
-            brain = _refreshed(rule, brain, blocks.full[n])
+        along = _along if rule.linear else _stepwise
+        read, brain = along(rule, slow, feature, pages, blocks, brain, newborn)
         brain.write(held)
         held["filled"] = blocks.filled
-        slots = torch.stack(read, 1).transpose(2, 3).flatten(1, 2)
+        slots = read.permute(1, 0, 3, 2, 4).flatten(1, 2)
         return blocks.back(slots, length).to(out)
 
 
 @dataclass(frozen=True)
-class Page:
-    """One block of a lesson: ``rows`` are its slots and what it sees of the past.
+class Pages:
+    """The blocks of a lesson, or some, or one; ``rows`` are a block's slots and what it sees of the past.
 
     Attributes:
-        q: ``(batch, heads, slots, dim)``; k, v: ``(batch, heads, rows, dim)``; bound: ``(batch, heads, rows)``.
-        into: ``(batch, heads, slots)`` how much of A there was before is left in A at each slot; carry: and of S in A;
-            along: and of S in S.
-        within: ``(batch, heads, slots, rows)`` R, how much of each slope is in A; heap: H, and in S.
-        take: ``(batch, heads, slots, slots)`` how much of each slot's S is in A.
-        left: ``(1 or 3, batch, heads)`` into, carry and along, at the last slot; share, pile: ``(batch, heads, rows)``
-            within and heap, there.
+        q: ``(count, batch, heads, slots, dim)``; k, v: ``(count, batch, heads, rows, dim)``; bound: ``(count, batch,
+            heads, rows)``.
+        into: ``(count, batch, heads, slots)`` how much of A there was before is left in A at each slot; carry: and of S
+            in A; along: and of S in S.
+        within: ``(count, batch, heads, slots, rows)`` R, how much of each slope is in A; heap: H, and in S.
+        take: ``(count, batch, heads, slots, slots)`` how much of each slot's S is in A.
+        left: ``(count, 1 or 3, batch, heads)`` into, carry and along, at the last slot; share, pile: ``(count, batch,
+            heads, rows)`` within and heap, there.
     """
 
     q: Tensor
@@ -250,8 +258,13 @@ class Page:
     share: Tensor
     pile: Tensor
 
+    def at(self, which: int | slice) -> Pages:
+        """Some of the blocks, or one, without the first dimension."""
+        parts = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Pages(**{name: None if t is None else t[which] for name, t in parts.items()})
 
-def _pages(rule: Rule, lesson: Lesson, held: dict[str, Tensor], blocks: Blocks) -> list[Page]:
+
+def _pages(rule: Rule, lesson: Lesson, held: dict[str, Tensor], blocks: Blocks) -> Pages:
     """Cut a lesson into blocks and work out what its gates amount to; the window's tokens are kept in ``held``."""
 
     def rows(name: str, tensor: Tensor) -> Tensor:
@@ -286,8 +299,7 @@ def _pages(rule: Rule, lesson: Lesson, held: dict[str, Tensor], blocks: Blocks) 
     parts = {"q": q, "k": k, "v": v, "bound": bound, "into": into, "carry": carry, "along": along, "left": left}
     parts |= {"within": within, "heap": heap, "take": take, "share": within[..., -1, :], "pile": heap[..., -1, :]}
     # Laid out by block once, not in every product that they go into.
-    columns = {n: [None] * blocks.count if t is None else t.contiguous().unbind(0) for n, t in parts.items()}
-    return [Page(**{name: column[n] for name, column in columns.items()}) for n in range(blocks.count)]  # type: ignore[arg-type]
+    return Pages(**{name: None if t is None else t.contiguous() for name, t in parts.items()})
 
 
 def recall(
@@ -304,25 +316,108 @@ def recall(
         return read.transpose(1, 2).to(out)
 
 
-def _block(rule: Rule, slow: Slow, feature: Features | None, page: Page, brain: Brain) -> tuple[Tensor, Brain]:
+def _along(
+    rule: Rule, slow: Slow, feature: Features | None, pages: Pages, blocks: Blocks, brain: Brain, newborn: Brain
+) -> tuple[Tensor, Brain]:
+    """Blocks of a rule whose steps are linear in the slopes: what is held is worked out block by block, the answers for
+    many blocks at once. ``read`` is ``(count, batch, heads, slots, dim)``."""
+    batch, heads = brain.total[0].shape[:2]
+    held = sum(part.nbytes for part in (*brain.total, *brain.surprise))
+    some, read = max(1, HELD_AT_ONCE.get(pages.q.device.type, 1 << 30) // held), []
+    for first in range(0, blocks.count, some):
+        last = min(first + some, blocks.count)
+        if blocks.fresh:
+            brain = newborn.pick(blocks.fresh[first], brain)
+        page = pages.at(slice(first, last))
+        x = _seen(feature, page.k, slow.scale)
+        gain = slow.gain.repeat(batch, 1, 1)
+        anew = blocks.fresh[first:last]
+        known = scan(
+            rule.memory,
+            rule.bias,
+            x.flatten(1, 2),
+            page.k.flatten(1, 2),
+            page.v.flatten(1, 2),
+            None if page.bound is None else page.bound.flatten(1, 2),
+            gain,
+            page.left.flatten(2),
+            page.share.flatten(1, 2),
+            page.pile.flatten(1, 2),
+            total=[t.flatten(0, 1) for t in brain.total],
+            surprise=[t.flatten(0, 1) for t in brain.surprise],
+            point=[t.flatten(0, 1) for t in brain.point],
+            start=[t.flatten(0, 1) for t in newborn.total] if anew else [],
+            fresh=torch.stack(anew).repeat_interleave(heads, 1) if anew else None,
+        )
+        z = _seen(feature, page.q, slow.scale)
+        flat = {n: None if (t := getattr(page, n)) is None else t.flatten(1, 2) for n in ("within", "into", "carry")}
+
+        def layer(index: int, t: Tensor, known: Scanned = known, flat: dict[str, Any] = flat) -> Tensor:
+            surprise = known.surprise[index] if known.surprise else None
+            return answer(t, known.total[index], surprise, *known.pairs[index], **flat)
+
+        found, _ = rule.memory.run(z.flatten(1, 2), page.q.flatten(1, 2), gain, layer)
+        read.append(found.unflatten(1, (batch, heads)))
+        total, surprise = (
+            [t.unflatten(0, (batch, heads)) for t in kind] for kind in (known.last_total, known.last_surprise)
+        )
+        brain = Brain(total, _point(known, brain, total, blocks, first, last), surprise)
+    return torch.cat(read), brain
+
+
+def _point(known: Scanned, brain: Brain, total: list[Tensor], blocks: Blocks, first: int, last: int) -> list[Tensor]:
+    """Where slopes are taken after some blocks: at what was held when the newest one began of which tokens are there.
+
+    Behind a block that is not full there is nothing in a row, or another text.
+    """
+    count = last - first
+    if isinstance(blocks.full[first], bool):
+        newest = sum(bool(full) for full in blocks.full[first:last])
+        if newest == count:
+            return total
+        return brain.point if not newest else [t[newest].unflatten(0, total[0].shape[:2]) for t in known.total]
+    places = torch.arange(1, count + 1, device=total[0].device)[:, None]
+    newest = places * torch.stack(blocks.full[first:last])  # type: ignore[arg-type]
+    if blocks.fresh:
+        newest = torch.maximum(newest, (places - 1) * torch.stack(blocks.fresh[first:last]))
+    newest = newest.amax(0)
+    rows = torch.arange(len(newest), device=newest.device)
+    found = []
+    for before, after, old in zip(known.total, total, brain.point, strict=True):
+        at = newest.view(-1, *[1] * (old.dim() - 1))
+        begun = before.unflatten(1, old.shape[:2])[newest.clamp_max(count - 1), rows] if count > 1 else old
+        found.append(torch.where(at == count, after, torch.where(at > 0, begun, old)))
+    return found
+
+
+def _stepwise(
+    rule: Rule, slow: Slow, feature: Features | None, pages: Pages, blocks: Blocks, brain: Brain, newborn: Brain
+) -> tuple[Tensor, Brain]:
+    """Blocks of any rule, each with its answers, as :func:`_along`."""
+    read = []
+    exactly = not rule.by_block and torch.is_grad_enabled()
+    for n in range(blocks.count):
+        if blocks.fresh:
+            brain = newborn.pick(blocks.fresh[n], brain)
+        given = rule, slow, feature, pages.at(n), brain
+        found, brain = checkpoint(_block, *given, use_reentrant=False) if exactly else _block(*given)
+        read.append(found)
+        brain = _refreshed(rule, brain, blocks.full[n])
+    return torch.stack(read), brain
+
+
+def _block(rule: Rule, slow: Slow, feature: Features | None, page: Pages, brain: Brain) -> tuple[Tensor, Brain]:
     """Answer the queries of a block, and learn from it."""
-    exactly = not (rule.retention.linear and not rule.muon) and not rule.by_block
-    if exactly and torch.is_grad_enabled():
-        return checkpoint(_lesson, rule, slow, feature, page, brain, use_reentrant=False)
-    return _lesson(rule, slow, feature, page, brain)
-
-
-def _lesson(rule: Rule, slow: Slow, feature: Features | None, page: Page, brain: Brain) -> tuple[Tensor, Brain]:
     memory = rule.memory
     x, z = (_seen(feature, t, slow.scale) for t in (page.k, page.q))
-    answer, tape = memory.run(x, page.k, slow.gain, lambda index, t: t @ brain.point[index])
-    slopes = memory.slopes(rule.bias.slope(answer, page.v, page.bound), tape, slow.gain, brain.point)
-    pairs = list(zip(tape.inputs, slopes, strict=True))
+    batch, heads = page.v.shape[:2]
+    bound = None if page.bound is None else page.bound.flatten(0, 1)
+    k, v, gain = page.k.flatten(0, 1), page.v.flatten(0, 1), slow.gain.repeat(batch, 1, 1)
+    point = [weights.flatten(0, 1) for weights in brain.point]
+    found = taught(rule.memory, rule.bias, x.flatten(0, 1), k, v, bound, gain, point)
+    pairs = [(inputs.unflatten(0, (batch, heads)), slope.unflatten(0, (batch, heads))) for inputs, slope in found]
     if rule.by_block:
         read, _ = memory.run(z, page.q, slow.gain, lambda index, t: t @ brain.point[index])
-        return read, _moved(rule, page, brain, pairs)
-    if rule.retention.linear and not rule.muon:
-        read, _ = memory.run(z, page.q, slow.gain, lambda index, t: _answer(page, brain, pairs, index, t))
         return read, _moved(rule, page, brain, pairs)
     totals, surprise = [], []
     for index, (inputs, slope) in enumerate(pairs):
@@ -334,31 +429,17 @@ def _lesson(rule: Rule, slow: Slow, feature: Features | None, page: Page, brain:
     return read, Brain([total[:, :, -1] for total in totals], brain.point, surprise)
 
 
-def _answer(page: Page, brain: Brain, pairs: list[tuple[Tensor, Tensor]], index: int, z: Tensor) -> Tensor:
-    """What a layer answers to each slot's input with the weights at that slot."""
-    surprise = brain.surprise[index] if brain.surprise else None
-    return answer(z, brain.total[index], surprise, *pairs[index], page.within, page.into, page.carry)
-
-
 def _plus(base: Tensor, left: Tensor, right: Tensor, factor: float = 1) -> Tensor:
     """A product of matrices added to something, in one step."""
     return torch.baddbmm(*(t.flatten(0, 1) for t in (base, left, right)), alpha=factor).unflatten(0, base.shape[:2])
 
 
-def _moved(rule: Rule, page: Page, brain: Brain, pairs: list[tuple[Tensor, Tensor]]) -> Brain:
+def _moved(rule: Rule, page: Pages, brain: Brain, pairs: list[tuple[Tensor, Tensor]]) -> Brain:
     """What is held after a block whose steps are linear, or, with Muon, are taken at its end."""
     total, surprise = [], []
     left, *more = page.left[..., None, None].unbind(0)
     share, pile = page.share[..., None], page.pile[..., None]
     for index, (inputs, slope) in enumerate(pairs):
-        if more and not rule.muon and _has_update(slope):
-            from vestige.layers.ops.learning.update_triton import update_cuda
-
-            weights = brain.total[index], brain.surprise[index]
-            held, old = update_cuda(*weights, inputs, slope, page.left, page.share, page.pile)
-            total.append(held)
-            surprise.append(old)
-            continue
         held = brain.total[index] * left
         if not rule.muon:
             if more:
@@ -371,13 +452,8 @@ def _moved(rule: Rule, page: Page, brain: Brain, pairs: list[tuple[Tensor, Tenso
     return Brain(total, brain.point, surprise, due)
 
 
-def _has_update(like: Tensor) -> bool:
-    """Whether a kernel works out what is held; a compiler makes its own of the lines that say the same."""
-    return has_kernels(like) and not torch.compiler.is_compiling()
-
-
 def _every(
-    rule: Rule, page: Page, brain: Brain, index: int, inputs: Tensor, slope: Tensor
+    rule: Rule, page: Pages, brain: Brain, index: int, inputs: Tensor, slope: Tensor
 ) -> tuple[Float[Tensor, "batch heads slots inputs outputs"], Tensor | None]:
     """A layer's A at every slot, and its S at the last one."""
 

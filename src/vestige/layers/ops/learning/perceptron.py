@@ -8,6 +8,7 @@ by the slope in its output; so tokens need not be differentiated one by one, and
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -18,7 +19,9 @@ from torch.nn import functional as F
 
 from vestige.layers.ops.recurrence import has_kernels
 
-__all__ = ["Perceptron", "Tape"]
+__all__ = ["Perceptron", "Tape", "has_own_kernels", "through_norm", "twice_gelu", "twice_norm"]
+
+DENSITY = 1 / math.sqrt(2 * math.pi)
 
 
 @dataclass(frozen=True)
@@ -82,25 +85,61 @@ class Perceptron:
         self,
         slope: Float[Tensor, "... tokens dim"],
         tape: Tape,
-        gain: Float[Tensor, "heads 1 dim"],
         weights: Sequence[Float[Tensor, "... inputs outputs"]],
-    ) -> list[Float[Tensor, "... tokens outputs"]]:
-        """Each layer's slope of the loss in its output, from the slope in the answer."""
-        if has_kernels(slope) and not torch.compiler.is_compiling():
-            from vestige.layers.ops.learning.slopes_triton import through_gelu, through_norm
-        else:
-            through_gelu, through_norm = torch.ops.aten.gelu_backward, _through_norm
+    ) -> tuple[list[Float[Tensor, "... tokens outputs"]], list[Float[Tensor, "... tokens outputs"]]]:
+        """Each layer's slope of the loss in its output, from the slope in the answer (times the gain, if there is a
+        norm); and those of all but the last before they went through the nonlinearity."""
         if self.residual:
-            mean, inverse = (t.detach() for t in tape.moments)  # the slope's derivative knows what they are of
-            slope = through_norm(slope * gain, tape.outputs[-1], mean, inverse)
-        found = [slope]
+            slope = through_norm(slope, tape.outputs[-1], *tape.moments)
+        found, before = [slope], []
         for index in range(self.depth - 1, 0, -1):
-            slope = through_gelu(slope @ weights[index].mT, tape.outputs[index - 1])
+            before.append(slope @ weights[index].mT)
+            slope = torch.ops.aten.gelu_backward(before[-1], tape.outputs[index - 1])
             found.append(slope)
-        return found[::-1]
+        return found[::-1], before[::-1]
 
 
-def _through_norm(slope: Tensor, h: Tensor, mean: Tensor, inverse: Tensor) -> Tensor:
-    """The slope in what is normalised. One kernel, which PyTorch differentiates once more, as it does GELU's."""
+def through_norm(slope: Tensor, h: Tensor, mean: Tensor, inverse: Tensor) -> Tensor:
+    """The slope in what is normalised over its last dimension, from that in what comes out."""
     which = [True, False, False]
     return torch.ops.aten.native_layer_norm_backward(slope, h, h.shape[-1:], mean, inverse, None, None, which)[0]
+
+
+def twice_gelu(u: Tensor, slope: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """The slopes in ``slope`` and ``x`` of what ``gelu_backward`` makes of them, from the slope ``u`` in that."""
+    if has_own_kernels(u):
+        from vestige.layers.ops.learning.slopes_triton import twice_gelu_cuda
+
+        return twice_gelu_cuda(u, slope, x)
+    second = torch.exp(-0.5 * x.square()).mul_(2 - x.square()).mul_(DENSITY)
+    return torch.ops.aten.gelu_backward(u, x), second.mul_(u).mul_(slope)
+
+
+def twice_norm(u: Tensor, slope: Tensor, h: Tensor, mean: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
+    r"""The slopes in ``slope`` and ``h`` of what :func:`through_norm` makes of them, from the slope ``u`` in that.
+
+    With :math:`n` the normalised channels, :math:`r` the inverse of their deviation, :math:`\langle\cdot\rangle` a mean
+    over channels and :math:`P(u) = u - \langle u \rangle - n \langle u n \rangle`, it is :math:`d = r P(g)`, and
+
+    .. math::
+        dg = r P(u), \qquad dh = r P(w) - \tfrac{r^2}{D} \Big(\sum u\,P(g)\Big) n, \qquad
+        w = -r \big(u \langle g n \rangle + g \langle u n \rangle\big) .
+    """
+    if has_own_kernels(u):
+        from vestige.layers.ops.learning.slopes_triton import twice_norm_cuda
+
+        return twice_norm_cuda(u, slope, h, mean, inverse)
+    n = (h - mean) * inverse
+
+    def across(t: Tensor) -> Tensor:
+        return t - t.mean(-1, keepdim=True) - n * (t * n).mean(-1, keepdim=True)
+
+    along, beside = ((t * n).mean(-1, keepdim=True) for t in (slope, u))
+    w = torch.addcmul(u * along, slope, beside).mul_(-inverse)
+    through = (u * across(slope)).mean(-1, keepdim=True)
+    return inverse * across(u), inverse * across(w) - inverse.square() * through * n
+
+
+def has_own_kernels(like: Tensor) -> bool:
+    """Whether kernels of our own serve; a compiler makes its own of the lines that say the same."""
+    return has_kernels(like) and not torch.compiler.is_compiling()

@@ -1,25 +1,16 @@
-r"""Slopes of a memory through GELU and through a norm, for CUDA, whose own derivatives are one Triton kernel each.
+"""What a memory's slopes through GELU and through a norm depend on, for CUDA: one Triton kernel each.
 
-PyTorch makes some dozens of kernels of them. With :math:`n` the normalised channels, :math:`r` the inverse of their
-deviation, :math:`\langle\cdot\rangle` a mean over channels and :math:`P(u) = u - \langle u \rangle - n \langle u n
-\rangle`, the slope :math:`d = r P(g)` has, for a slope :math:`u` in it, the slopes
-
-.. math::
-    dg = r P(u), \qquad dh = r P(w) - \tfrac{r^2}{D} \Big(\sum u\,P(g)\Big) n, \qquad
-    w = -r \big(u \langle g n \rangle + g \langle u n \rangle\big) .
+PyTorch makes some dozens of kernels of them. The mathematics stands where these are called, in ``perceptron.py``.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-__all__ = ["through_gelu", "through_norm"]
+__all__ = ["twice_gelu_cuda", "twice_norm_cuda"]
 
 BLOCK = 1024
 ROOT_OF_HALF, DENSITY = tl.constexpr(0.7071067811865476), tl.constexpr(0.3989422804014327)
@@ -61,50 +52,24 @@ def _norm(u, slope, h, mean, inverse, d_slope, d_h, count, dim, ROWS: tl.constex
     tl.store(d_h + place, r * _across(w, n, dim) - r * r / dim * through * n, mask=inside)
 
 
-class _ThroughGelu(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, slope: Tensor, x: Tensor) -> Tensor:
-        slope, x = slope.contiguous(), x.contiguous()
-        ctx.save_for_backward(slope, x)
-        return torch.ops.aten.gelu_backward(slope, x)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, u: Tensor) -> Any:  # type: ignore[override]
-        slope, x = ctx.saved_tensors
-        d_slope, d_x = torch.empty_like(slope), torch.empty_like(x)
-        _gelu[(triton.cdiv(x.numel(), BLOCK),)](u.contiguous(), slope, x, d_slope, d_x, x.numel(), BLOCK=BLOCK)
-        return d_slope, d_x
+def twice_gelu_cuda(u: Tensor, slope: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """As :func:`~vestige.layers.ops.learning.perceptron.twice_gelu`."""
+    u, slope, x = u.contiguous(), slope.contiguous(), x.contiguous()
+    d_slope, d_x = torch.empty_like(slope), torch.empty_like(x)
+    with torch.cuda.device_of(x):
+        _gelu[(triton.cdiv(x.numel(), BLOCK),)](u, slope, x, d_slope, d_x, x.numel(), BLOCK=BLOCK)
+    return d_slope, d_x
 
 
-class _ThroughNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, slope: Tensor, h: Tensor, mean: Tensor, inverse: Tensor) -> Tensor:
-        slope, h = slope.contiguous(), h.contiguous()
-        ctx.save_for_backward(slope, h, mean, inverse)
-        which = [True, False, False]
-        return torch.ops.aten.native_layer_norm_backward(slope, h, h.shape[-1:], mean, inverse, None, None, which)[0]
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, u: Tensor) -> Any:  # type: ignore[override]
-        slope, h, mean, inverse = ctx.saved_tensors
-        d_slope, d_h = torch.empty_like(slope), torch.empty_like(h)
-        dim = h.shape[-1]
-        wide = triton.next_power_of_2(dim)
-        rows = max(1, BLOCK // wide)
-        _norm[(triton.cdiv(mean.numel(), rows),)](
-            u.contiguous(), slope, h, mean, inverse, d_slope, d_h, mean.numel(), dim, ROWS=rows, DIM=wide
+def twice_norm_cuda(u: Tensor, slope: Tensor, h: Tensor, mean: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
+    """As :func:`~vestige.layers.ops.learning.perceptron.twice_norm`."""
+    u, slope, h = u.contiguous(), slope.contiguous(), h.contiguous()
+    d_slope, d_h = torch.empty_like(slope), torch.empty_like(h)
+    dim, count = h.shape[-1], mean.numel()
+    wide = triton.next_power_of_2(dim)
+    rows = max(1, BLOCK // wide)
+    with torch.cuda.device_of(h):
+        _norm[(triton.cdiv(count, rows),)](
+            u, slope, h, mean.contiguous(), inverse.contiguous(), d_slope, d_h, count, dim, ROWS=rows, DIM=wide
         )
-        return d_slope, d_h, None, None
-
-
-def through_gelu(slope: Tensor, x: Tensor) -> Tensor:
-    """The slope in what goes into GELU, from that in what comes out."""
-    return _ThroughGelu.apply(slope, x)  # type: ignore[no-any-return]
-
-
-def through_norm(slope: Tensor, h: Tensor, mean: Tensor, inverse: Tensor) -> Tensor:
-    """The slope in what is normalised over its last dimension, from that in what comes out; ``mean`` and ``inverse``
-    are of ``h``, and what runs through them is counted to it."""
-    return _ThroughNorm.apply(slope, h, mean, inverse)  # type: ignore[no-any-return]
+    return d_slope, d_h

@@ -8,15 +8,12 @@ of float32.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-__all__ = ["update_cuda"]
+__all__ = ["update_back_cuda", "update_cuda"]
 
 SIDE = 64
 TOKENS = 32
@@ -80,74 +77,47 @@ def _backward(
     tl.store(part + 2 * memories, tl.sum(ds * s))
 
 
-class _Update(torch.autograd.Function):
-    """All with one leading dimension, of memories; ``gates`` are a, c, e: ``(3, memories)``."""
+def update_cuda(
+    before: list[Tensor],
+    inputs: Tensor,
+    slope: Tensor,
+    left: Tensor,
+    share: Tensor,
+    heap: Tensor,
+    after: list[Tensor],
+) -> None:
+    """What a layer holds after a block: the sum, and the surprise.
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        total: Tensor,
-        surprise: Tensor,
-        inputs: Tensor,
-        slope: Tensor,
-        gates: Tensor,
-        share: Tensor,
-        heap: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(total, surprise, inputs, slope, gates, share, heap)
-        new_total, new_surprise = torch.empty_like(total), torch.empty_like(surprise)
-        memories, tokens, _ = inputs.shape
-        _forward[(memories, *_sides(total))](
-            total, surprise, inputs, slope, gates, share, heap, new_total, new_surprise,
-            memories, tokens, *total.shape[1:], TOKENS=TOKENS, SIDE=SIDE, num_warps=4,
-        )  # fmt: skip
-        return new_total, new_surprise
+    Args:
+        before: ``(memories, inputs, outputs)`` A and S.
+        inputs, slope: ``(memories, rows, ...)`` X, of the layer, and D, in its output.
+        left: ``(3, memories)`` how much is left of A in A, of S in A, and of S in S.
+        share, heap: ``(memories, rows)`` r and h, how much of each row's slope is in A, and in S.
+        after: where it is written to.
+    """
+    parts = [t.contiguous() for t in (*before, inputs, slope, left, share, heap)]
+    memories, tokens, _ = inputs.shape
+    with torch.cuda.device_of(slope):
+        _forward[(memories, *_sides(after[0]))](
+            *parts, *after, memories, tokens, *after[0].shape[1:], TOKENS=TOKENS, SIDE=SIDE, num_warps=4
+        )
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, d_new_total: Tensor, d_new_surprise: Tensor) -> Any:  # type: ignore[override]
-        total, surprise, inputs, slope, gates, share, heap = ctx.saved_tensors
-        d_new_total, d_new_surprise = d_new_total.contiguous(), d_new_surprise.contiguous()
-        d_total, d_surprise = torch.empty_like(total), torch.empty_like(surprise)
-        sides = _sides(total)
-        d_gates = gates.new_empty(sides[0] * sides[1], *gates.shape)
+
+def update_back_cuda(before: list[Tensor], left: Tensor, d_after: list[Tensor]) -> tuple[list[Tensor], Tensor]:
+    """The slopes in A and S before, and in what is left of them, from those in A and S after."""
+    total, surprise, left, *d_after = (t.contiguous() for t in (*before, left, *d_after))
+    d_total, d_surprise = torch.empty_like(total), torch.empty_like(surprise)
+    sides = _sides(total)
+    d_left = left.new_empty(sides[0] * sides[1], *left.shape)
+    with torch.cuda.device_of(total):
         _backward[(len(total), *sides)](
-            total, surprise, gates, d_new_total, d_new_surprise, d_total, d_surprise, d_gates,
+            total, surprise, left, *d_after, d_total, d_surprise, d_left,
             len(total), *total.shape[1:], SIDE=SIDE, num_warps=4,
         )  # fmt: skip
-        by_share, by_heap = inputs @ d_new_total, inputs @ d_new_surprise
-        r, h = share[..., None], heap[..., None]
-        d_slope = torch.addcmul(r * by_share, h, by_heap).neg_()
-        d_inputs = torch.baddbmm((r * slope) @ d_new_total.mT, h * slope, d_new_surprise.mT, beta=-1, alpha=-1)
-        d_share, d_heap = (-(t * slope).sum(-1) for t in (by_share, by_heap))
-        return d_total, d_surprise, d_inputs, d_slope, d_gates.sum(0), d_share, d_heap
+    return [d_total, d_surprise], d_left.sum(0)
 
 
 def _sides(total: Tensor) -> tuple[int, int]:
     """Over how many programs a memory's weights are spread."""
     height, width = total.shape[1:]
     return triton.cdiv(height, SIDE), triton.cdiv(width, SIDE)
-
-
-def update_cuda(
-    total: Tensor,
-    surprise: Tensor,
-    inputs: Tensor,
-    slope: Tensor,
-    gates: Tensor,
-    share: Tensor,
-    heap: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """What a layer holds after a block: the sum, and the surprise.
-
-    Args:
-        total, surprise: ``(batch, heads, inputs, outputs)`` A and S, before.
-        inputs, slope: ``(batch, heads, rows, ...)`` X, of the layer, and D, in its output.
-        gates: ``(3, batch, heads)`` how much is left of A in A, of S in A, and of S in S.
-        share, heap: ``(batch, heads, rows)`` r and h, how much of each row's slope is in A, and in S.
-    """
-    parts = [t.flatten(0, 1).contiguous() for t in (total, surprise, inputs, slope)]
-    weights = [t.flatten(0, 1).contiguous() for t in (share, heap)]
-    with torch.cuda.device_of(total):
-        new = _Update.apply(*parts, gates.flatten(1).contiguous(), *weights)
-    return new[0].view_as(total), new[1].view_as(surprise)
