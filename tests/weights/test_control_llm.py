@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
@@ -14,13 +15,15 @@ from tests.weights.common import arguments, blobs, learn, stream, vit
 from vestige.core.anatomy import Anatomy
 from vestige.errors import InputError, PatchConflictError, PatchError, SpecError, UnsupportedModelError
 from vestige.weights.retain import ContinualTrainer, Stream
-from vestige.weights.retain.control_llm import ControlLLM, Expansion, cosine, mse
+from vestige.weights.retain.control_llm import ControlLLM, Expansion
+from vestige.weights.retain.interpolation import INTERPOLATORS, cosine, mse
 from vestige.weights.retain.padding import PadTokens
 
 FORMS = {
     "lerp": {},
     "dlerp": {"interpolation": "dlerp"},
     "dlerp-in": {"interpolation": "dlerp-in"},
+    "slerp": {"interpolation": "slerp"},
     "stack": {"structure": "stack", "alignment": 0.0},
     "hybrid": {"structure": "hybrid"},
 }
@@ -172,6 +175,8 @@ def test_a_cut_run_learns_the_same(tmp_path):
         {"interpolation": "dlerp", "balance": "dynamic"},
         {"interpolation": "dlerp-in", "learn_share": True, "freeze_head": True},
         {"interpolation": "prog", "every": 4},
+        {"interpolation": "slerp", "learn_share": True, "share": 0.3},
+        {"interpolation": "proj"},
         {"structure": "hybrid"},
     ],
     ids=lambda changes: "-".join(map(str, changes.values())),
@@ -185,6 +190,19 @@ def test_every_form_agrees_with_its_reference(changes):
         fitted = learner
 
     assert weights_are_the_references(Case(method=learner))["beside the model"] > 10
+
+
+def test_an_arc_keeps_lengths_and_is_a_line_where_there_is_none():
+    slerp = INTERPOLATORS["slerp"](2, 0.25, True, torch.Generator())
+    at = torch.tensor([0.0, 0.4, 2.0, 0.0, math.pi], dtype=torch.float64)  # angles of e; f points along the first axis
+    e = torch.stack([at.cos(), at.sin()], -1)[None].requires_grad_()
+    f = torch.tensor([1.0, 0.0], dtype=torch.float64).expand_as(e)
+    found, share = slerp(f, f, e)
+    assert float(share.detach()) == pytest.approx(0.25)
+    on_arc = torch.stack([(0.25 * at).cos(), (0.25 * at).sin()], -1)
+    assert torch.allclose(found[0, :4], on_arc[:4])
+    assert torch.allclose(found[0, 4], torch.tensor([0.5, 0.0], dtype=torch.float64))
+    assert bool(torch.autograd.grad(found.sum(), e)[0].isfinite().all())
 
 
 def test_distances():

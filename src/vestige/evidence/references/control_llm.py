@@ -6,6 +6,8 @@ With x what both are given, f = block(x; W) and e = block(x; V), V = W at first,
     dlerp:     the same with      a = sigmoid(w [f, e] + c)  for each token
     dlerp-in:  the same with      a = sigmoid(w x + c)       for each token
     prog:      P f + a (e - P f), a = sigmoid(c)
+    slerp:     (sin((1 - a) t) f + sin(a t) e) / sin t, t the angle between f and e; where that is 0, as lerp
+    proj:      as lerp, but the distance below is between P f and e
 
 and each block adds to the loss, mean over rows and tokens, mean over blocks, times the weight of alignment,
 
@@ -48,7 +50,14 @@ def mixed(v: Weights, interpolation: str, x: Tensor, f: Tensor, e: Tensor) -> tu
         a = torch.sigmoid(x @ v["weight"] + c)
     if interpolation == "prog":
         f = torch.einsum("ij,rtj->rti", v["lateral"], f)
-    return (1 - a[..., None]) * f + a[..., None] * e, a
+    a1 = a[..., None]
+    if interpolation == "slerp":
+        cos = ((f * e).sum(-1) / (f.norm(dim=-1) * e.norm(dim=-1)))[..., None]
+        same = 1 - cos < 1e-6
+        t = torch.acos(torch.where(same, 0.5, cos))
+        arc = (torch.sin((1 - a1) * t) * f + torch.sin(a1 * t) * e) / torch.sin(t)
+        return torch.where(same, (1 - a1) * f + a1 * e, arc), a
+    return (1 - a1) * f + a1 * e, a
 
 
 def apart(distance: str, f: Tensor, e: Tensor) -> Tensor:
@@ -99,7 +108,7 @@ def learn(
             inputs = width * (2 if interpolation == "dlerp" else 1)
             even = 2 * torch.rand(inputs, generator=draw, dtype=torch.float64) - 1
             learnt[f"{i}.interpolator.weight"] = even / math.sqrt(inputs)
-        if interpolation == "prog":
+        if interpolation in ("prog", "proj"):
             noise = torch.randn(width, width, generator=draw, dtype=torch.float64)
             learnt[f"{i}.interpolator.lateral"] = torch.eye(width, dtype=torch.float64) + 0.01 * noise
 
@@ -116,6 +125,8 @@ def learn(
             else:
                 beside = functional_call(block, below(v, f"{i}.block."), (x,))
                 merged, a = mixed(below(v, f"{i}.interpolator."), interpolation, x, f, beside)
+                if interpolation == "proj":
+                    f = torch.einsum("ij,rtj->rti", v[f"{i}.interpolator.lateral"], f)
                 gaps.append((apart(distance, f, beside) * (a if balance == "dynamic" else 1)).mean())
                 x = merged
         states = functional_call(vit.layernorm, below(weights, "vit.layernorm."), (x,))[:, 0]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,7 +12,6 @@ from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import Cache
 
 from vestige.core.anatomy import Anatomy, Layer
@@ -21,96 +19,11 @@ from vestige.core.method import Paper, Verdict, param
 from vestige.core.patch import Patch
 from vestige.errors import InputError, PatchError, SpecError, UnsupportedModelError
 from vestige.weights.retain.checkpoint import read_tensors, write_tensors
+from vestige.weights.retain.interpolation import DISTANCES, INTERPOLATORS, Lerp
 from vestige.weights.retain.learner import Batch, Learner, Running, held
 from vestige.weights.retain.session import Session, wide
 
-__all__ = ["DISTANCES", "INTERPOLATORS", "ControlLLM", "Expansion"]
-
-
-class Lerp(nn.Module):
-    """h = f + a (e - f): one share a for all tokens, the sigmoid of a factor.
-
-    Args:
-        width: of hidden states.
-        share: a at the start.
-        learnt: whether the factor is trained.
-        draw: random numbers.
-    """
-
-    def __init__(self, width: int, share: float, learnt: bool, draw: torch.Generator) -> None:
-        super().__init__()
-        factor = torch.tensor([math.log(share / (1 - share))], dtype=torch.float64)
-        self.factor = nn.Parameter(factor, requires_grad=learnt)
-
-    def share(self, x: Tensor, frozen: Tensor, expanded: Tensor) -> Tensor:
-        """The expanded block's share: (1,), or (batch, tokens, 1)."""
-        return self.factor.sigmoid()
-
-    def forward(self, x: Tensor, frozen: Tensor, expanded: Tensor) -> tuple[Tensor, Tensor]:
-        """The merged hidden states, and the share.
-
-        Args:
-            x: what both blocks were given (batch, tokens, width).
-            frozen, expanded: what they made of it.
-        """
-        share = self.share(x, frozen, expanded)
-        return frozen + share * (expanded - frozen), share
-
-
-class Dlerp(Lerp):
-    """A share for each token, from both blocks' outputs: a = sigmoid(w [f, e] + factor)."""
-
-    parts: ClassVar[int] = 2
-
-    def __init__(self, width: int, share: float, learnt: bool, draw: torch.Generator) -> None:
-        super().__init__(width, share, learnt, draw)
-        inputs = self.parts * width
-        even = 2 * torch.rand(inputs, generator=draw, dtype=torch.float64) - 1
-        self.weight = nn.Parameter(even * inputs**-0.5)
-
-    def features(self, x: Tensor, frozen: Tensor, expanded: Tensor) -> Tensor:
-        return torch.cat([frozen, expanded], dim=-1)
-
-    def share(self, x: Tensor, frozen: Tensor, expanded: Tensor) -> Tensor:
-        return (self.features(x, frozen, expanded) @ self.weight[:, None] + self.factor).sigmoid()
-
-
-class DlerpIn(Dlerp):
-    """A share for each token, from what both blocks are given: a = sigmoid(w x + factor)."""
-
-    parts = 1
-
-    def features(self, x: Tensor, frozen: Tensor, expanded: Tensor) -> Tensor:
-        return x
-
-
-class Prog(Lerp):
-    """A learnt map of the frozen block's output, near the identity at first, in its place: f -> P f."""
-
-    def __init__(self, width: int, share: float, learnt: bool, draw: torch.Generator) -> None:
-        super().__init__(width, share, learnt, draw)
-        noise = torch.randn(width, width, generator=draw, dtype=torch.float64)
-        self.lateral = nn.Parameter(torch.eye(width, dtype=torch.float64) + 0.01 * noise)
-
-    def forward(self, x: Tensor, frozen: Tensor, expanded: Tensor) -> tuple[Tensor, Tensor]:
-        return super().forward(x, frozen @ self.lateral.T, expanded)
-
-
-INTERPOLATORS: dict[str, type[Lerp]] = {"lerp": Lerp, "dlerp": Dlerp, "dlerp-in": DlerpIn, "prog": Prog}
-
-
-def mse(frozen: Tensor, expanded: Tensor) -> Tensor:
-    """Mean squared difference (batch, tokens)."""
-    return (wide(expanded) - wide(frozen)).square().mean(-1)
-
-
-def cosine(frozen: Tensor, expanded: Tensor) -> Tensor:
-    """Smooth L1 of one minus the cosine (batch, tokens)."""
-    apart = 1 - F.cosine_similarity(wide(frozen), wide(expanded), dim=-1)
-    return F.smooth_l1_loss(apart.relu(), torch.zeros_like(apart), reduction="none")
-
-
-DISTANCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"mse": mse, "cosine": cosine}
+__all__ = ["ControlLLM", "Expansion"]
 
 
 class _Beside(nn.Module):
@@ -168,7 +81,7 @@ class _Beside(nn.Module):
         else:
             merged, share = self.interpolator(x, known, own)
             if self.distance is not None and self.training and torch.is_grad_enabled():
-                gap = self.distance(known, own)
+                gap = self.distance(self.interpolator.held_to(known), own)
                 self.gap = wide(share).squeeze(-1) * gap if self.dynamic else gap
         merged = merged.to(known.dtype)
         return (merged, *output[1:]) if isinstance(output, tuple) else merged
@@ -437,7 +350,8 @@ class ControlLLM(Learner):
         year=2025,
         arxiv="2501.10979",
         code="https://github.com/linkedin/ControlLLM",
-        equations="expanded blocks, interpolation strategies and alignment loss, as in the authors' code",
+        equations="expanded blocks, interpolation strategies and alignment loss, as in the authors' code; its "
+        "mixture of two experts is dlerp-in: a softmax over two is the sigmoid of their difference",
     )
     verdict = Verdict(
         "reproduced",
@@ -449,7 +363,9 @@ class ControlLLM(Learner):
     every: int = param(4, "the last of so many blocks is expanded; of all, if there are fewer", ge=1)
     layers: str = param("", "the blocks to expand instead, as '0,3-5'")
     structure: Literal["concat", "stack", "hybrid"] = param("concat", "copies beside, after, or in turns")
-    interpolation: Literal["lerp", "dlerp", "dlerp-in", "prog"] = param("lerp", "how the two outputs are mixed")
+    interpolation: Literal["lerp", "slerp", "dlerp", "dlerp-in", "proj", "prog"] = param(
+        "lerp", "how the two outputs are mixed"
+    )
     share: float = param(0.5, "of the expanded block at first", gt=0, lt=1)
     learn_share: bool = param(False, "train the factor behind the share too")
     distance: Literal["mse", "cosine"] = param("mse", "of the two outputs, which are held together")
