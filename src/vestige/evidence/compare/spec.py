@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 from abc import abstractmethod
@@ -66,6 +67,11 @@ class Comparison(pydantic.BaseModel):
         if len(set(self.seeds)) < len(self.seeds):
             raise PlacedError(("seeds",), "field 'seeds' holds the same value twice")
         return self
+
+    def each(self) -> Iterator[tuple[Any, Any, Any, int]]:
+        """Every model, task, method and seed; model by model, task by task, seed by seed."""
+        for model, task, seed, method in itertools.product(self.models, self.tasks, self.seeds, self.methods):
+            yield model, task, method, seed
 
     @property
     def pairs(self) -> dict[str, Any]:

@@ -216,10 +216,7 @@ class TrainingPlan:
         same: dict[str, Any] = {"lesson": lesson, "batch": chosen.batch, "device": chosen.device}
         self.cells = [
             TrainingCell(model=str(sizes), task=task, method=mixer, seed=seed, sizes=sizes, **same).keyed(given)
-            for sizes in chosen.models
-            for task in chosen.tasks
-            for seed in chosen.seeds
-            for mixer in chosen.methods
+            for sizes, task, mixer, seed in chosen.each()
         ]
 
     def jobs(self, missing: Iterable[TrainingCell]) -> list[TrainingJob]:

@@ -167,10 +167,7 @@ class WeightsPlan:
         given = ask("given", chosen.device)
         self.cells = [
             WeightsCell(model=_called(start), task=task, method=method, seed=seed, start=start, **same).keyed(given)
-            for start in chosen.models
-            for task in chosen.tasks
-            for seed in chosen.seeds
-            for method in chosen.methods
+            for start, task, method, seed in chosen.each()
         ]
 
     def jobs(self, missing: Iterable[WeightsCell]) -> list[WeightsJob]:
