@@ -103,6 +103,7 @@ def test_learners_on_a_stream_go_on_where_they_were(tmp_path, capsys):
     page = (tmp_path / "out" / "report.html").read_text()
     assert "finetune" in page and "matrix-1" in page
     again = run_retention(read_spec_of(spec, tmp_path))
+    assert len((tmp_path / "out" / "ledger.jsonl").read_text().splitlines()) == 2  # what is known is not told twice
     assert set(again.runs) == {"finetune", "replay"} and again.runs["replay"].matrix.shape == (2, 2)
     assert list(again.table().index) == ["finetune", "replay"]
     with pytest.raises(SpecError, match="experiences"):
@@ -139,7 +140,7 @@ def read_spec_of(spec, folder):
     ("changes", "says"),
     [
         ({"eraser": {"name": "a2sf"}}, "eraser"),
-        ({"eraser": {"name": "sdd"}}, "did you mean ssd"),
+        ({"eraser": "sdd"}, "did you mean ssd"),
         ({"forget": {"lable": 3}}, "did you mean"),
         ({"forget": {"random": 0}}, "forget.random"),
         ({"model": {"new": {"hiden_size": 3}}}, "hidden_size"),

@@ -94,7 +94,7 @@ class Erasing(_Part):
         model: what forgets.
         learn: teach the model all examples first; without it the model is taken as knowing them.
         reference: ``retrain``: teach a second model, alike, all but what is to be forgotten; a folder or id: that one.
-        eraser: its spec.
+        eraser: its name or spec.
         batch: rows at a time.
         seed: of the erasure and the audit.
         relearning: fields of :class:`~vestige.evidence.erasure.relearn.Relearning`.
@@ -112,6 +112,11 @@ class Erasing(_Part):
     seed: int = 0
     relearning: dict[str, Any] = {}
     rows: int = pydantic.Field(500, ge=1)
+
+    @pydantic.field_validator("eraser", mode="before")
+    @classmethod
+    def _named(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
 
     @pydantic.model_validator(mode="after")
     def _retraining_needs_a_recipe(self) -> Self:

@@ -34,7 +34,7 @@ class ContinualRun:
         general: score on held-out general text before, and after each experience; empty if none was given.
         unit: ``"accuracy"`` or ``"log-likelihood"``.
         replay_bytes, state_bytes: the most that the learner held, of examples, and of statistics and weights.
-        seconds: of training, per experience.
+        seconds: of learning, per experience: training and all that the learner does before and after it.
         overhead: share of those spent in the learner's hooks.
         report: what the learner found out.
         seed: of the run.
