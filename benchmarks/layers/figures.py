@@ -141,10 +141,13 @@ def recall_figure(rows: list[dict[str, Any]]) -> str:
     panel.width = 720
     levels = {share: f"{share:.0%}" for share in (0.0, 0.25, 0.5, 0.75, 1.0)}
     shown = {tick: in_bytes(tick) for tick in ticks}
+    chance, loads = rows[0]["chance"], list(rows[0]["accuracy_by_pairs"])
     parts = panel.axes(
-        "Values recalled of 4 to 32 pairs, by the bytes held", "bytes that the layer holds of a row", shown, levels
+        f"Values recalled of {loads[0]} to {loads[-1]} pairs, by the bytes held",
+        "bytes that the layer holds of a row",
+        shown,
+        levels,
     )
-    chance = rows[0]["chance"]
     parts.append(f'<line class="axis" stroke-dasharray="4 4" x1="50" x2="770" y1="{panel.y(chance):.1f}" '
                  f'y2="{panel.y(chance):.1f}"><title>chance: {chance:.1%}</title></line>')  # fmt: skip
     parts += panel.curves(curves, "of the values")

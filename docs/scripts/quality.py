@@ -1,0 +1,142 @@
+"""Write the tables of quality into layers.md and studies.md, from the results in benchmarks/layers.
+
+Run by hand where there are new results: ``python docs/scripts/quality.py``. A test compares.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "benchmarks" / "layers"
+PAGES = (ROOT / "docs" / "layers.md", ROOT / "docs" / "studies.md")
+Rows = list[dict[str, Any]]
+WIDTH = 64  # of the models of recall that stand in the table; the figure shows all
+SOFTMAX = "softmax"
+
+
+def rows_of(name: str) -> Rows:
+    """The rows of a ledger; none where it was not run."""
+    path = RESULTS / name
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+
+
+def grouped(rows: Rows, key: str) -> dict[str, Rows]:
+    """Rows by one of their entries."""
+    found: dict[str, Rows] = defaultdict(list)
+    for row in rows:
+        found[row[key]].append(row)
+    return found
+
+
+def seen(values: Sequence[float], form: str) -> str:
+    """The mean, and where seeds differ the range."""
+    low, high = format(min(values), form), format(max(values), form)
+    return format(mean(values), form) + (f" ({low} to {high})" if low != high else "")
+
+
+def percent(values: Sequence[float]) -> str:
+    """The same in percent, as whole numbers."""
+    return seen([100 * value for value in values], ".0f")
+
+
+def table(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> list[str]:
+    return [f"| {' | '.join(cells)} |" for cells in (heads, ["---"] * len(heads), *lines)]
+
+
+def recall(rows: Rows) -> list[str]:
+    """One row per mixer, by the bytes that it holds."""
+    mixers = grouped([row for row in rows if row["width"] == WIDTH], "mixer")
+    loads = [load for load in rows[0]["accuracy_by_pairs"] if int(load) >= 8]
+    lines = [
+        [f"`{name}`", f"{found[0]['state_bytes']:,}"]
+        + [percent([row["accuracy_by_pairs"][load] for row in found]) for load in loads]
+        + [str(len(found))]
+        for name, found in sorted(mixers.items(), key=lambda pair: (pair[1][0]["state_bytes"], pair[0]))
+    ]
+    return table(["mixer", "bytes held", *(f"{load} pairs" for load in loads), "seeds"], lines)
+
+
+def language(rows: Rows) -> list[str]:
+    """One row per mixer, the best first."""
+    mixers = sorted(grouped(rows, "mixer").items(), key=lambda pair: mean(row["bits_per_byte"] for row in pair[1]))
+    lines = [
+        [
+            f"`{name}`",
+            seen([row["bits_per_byte"] for row in found], ".3f"),
+            f"{mean(row['loss'] for row in found):.3f}",
+            f"{found[0]['state_bytes']:,}",
+            str(len(found)),
+        ]
+        for name, found in mixers
+    ]
+    length = rows[0]["length"]
+    return table(["mixer", "bits per byte", "nats per token", f"bytes held after {length} tokens", "seeds"], lines)
+
+
+def hybrids(rows: Rows) -> list[str]:
+    """Recall and loss of every mixer in every ratio."""
+    metrics = [row["metrics"] for row in rows]
+    ratios = list(dict.fromkeys(ratio for found in metrics[0].values() for ratio in found))
+    lines = []
+    for what, name, form in (("recall", "pairs recalled, %", percent), ("loss", "nats per byte", seen_loss)):
+        for mixer in metrics[0]:
+            cells = [
+                form([found[mixer][ratio][what] for found in metrics]) if ratio in metrics[0][mixer] else ""
+                for ratio in ratios
+            ]
+            lines.append([f"`{mixer}`", name, *cells])
+    return table(["layers", "", *ratios], lines)
+
+
+def seen_loss(values: Sequence[float]) -> str:
+    return seen(values, ".3f")
+
+
+def conversion(rows: Rows) -> list[str]:
+    """What is left after each stage."""
+    lines = []
+    for stage, whose in dict.fromkeys((row["stage"], row.get("mixer")) for row in sorted(rows, key=order)):
+        found = [row for row in rows if (row["stage"], row.get("mixer")) == (stage, whose)]
+        cells = [seen([row[name] for row in found], ".2f") for name in ("loss", "again")]
+        held = f"{found[0]['bytes']:,}" if "bytes" in found[0] else ""
+        lines.append([f"`{whose}`" if whose else "attention", stage if whose else "", *cells, held])
+    return table(["layers", "stage", "nats per token", "at a second reading", "bytes held"], lines)
+
+
+def order(row: dict[str, Any]) -> tuple[str, int]:
+    return row.get("mixer", ""), ("attention", "converted", "matched", "tuned").index(row["stage"])
+
+
+def result_rows(name: str) -> Rows:
+    """The rows of a result that is one document."""
+    path = RESULTS / name
+    return json.loads(path.read_text(encoding="utf-8"))["rows"] if path.is_file() else []
+
+
+TABLES: dict[str, tuple[Callable[[Rows], list[str]], Callable[[str], Rows], str]] = {
+    "recall": (recall, rows_of, "quality-recall.jsonl"),
+    "language": (language, rows_of, "quality-language.jsonl"),
+    "hybrids": (hybrids, rows_of, "hybrids-full.jsonl"),
+    "conversion": (conversion, result_rows, "conversion-h100.json"),
+}
+
+
+def written(page: str) -> str:
+    """The page with the tables of now."""
+    for name, (lines_of, read, place) in TABLES.items():
+        begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+        if begin in page and (rows := read(place)):
+            before, _, rest = page.partition(begin)
+            page = "\n".join([before + begin, "", *lines_of(rows), "", end]) + rest.partition(end)[2]
+    return page
+
+
+if __name__ == "__main__":
+    for path in PAGES:
+        path.write_text(written(path.read_text(encoding="utf-8")), encoding="utf-8")
