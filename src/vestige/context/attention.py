@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from vestige.context.layer import KeptLayer, Step
     from vestige.context.policy import CachePolicy
 
-__all__ = ["Look", "Packed", "Reading", "attend", "everything", "readable"]
+__all__ = ["Look", "Reading", "attend", "everything", "readable"]
 
 QUERY_BLOCK = 1024  # queries attended at once where a mask must be written out
 
@@ -176,42 +176,20 @@ class Look:
         )
 
 
-class Packed(Protocol):
-    """Keys or values in a form of their own, that need not be widened to be read."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """``(batch, kv_heads, n, dim)``."""
-        ...
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the model."""
-        ...
-
-    def meet(self, query: Float[Tensor, "batch kv rows dim"]) -> Float[Tensor, "batch kv rows n"]:
-        """Products of the keys with queries."""
-        ...
-
-    def mix(self, weights: Float[Tensor, "batch kv rows n"]) -> Float[Tensor, "batch kv rows dim"]:
-        """Mixtures of the values."""
-        ...
-
-
 @dataclass(frozen=True)
 class Reading:
     """What queries read, where it is not simply every entry as it stands.
 
     Attributes:
         parts: keys ``(batch, kv_heads, n, dim)``, each with the queries ``(batch, heads, count, dim)`` that meet them;
-            the entries of all parts, one after the other, are what is read. Keys and values may be :class:`Packed`.
+            the entries of all parts, one after the other, are what is read.
         values: ``(batch, kv_heads, entries, dim)``, in one piece or several.
         valid: which entries exist, ``(batch, kv_heads, entries)`` or ``(batch, kv_heads, count, entries)``; ``None``
             for all. Leading ones may be 1.
     """
 
-    parts: tuple[tuple[Tensor, Tensor | Packed], ...]
-    values: Tensor | Packed | tuple[Tensor | Packed, ...]
+    parts: tuple[tuple[Tensor, Tensor], ...]
+    values: Tensor | tuple[Tensor, ...]
     valid: Tensor | None = None
 
     def attend(self, look: Look) -> tuple[Tensor, Tensor]:
@@ -223,7 +201,7 @@ class Reading:
         """The output that weights ``(batch, kv_heads, group, count, entries)`` give."""
         values = self.values if isinstance(self.values, tuple) else (self.values,)
         weights = share.to(values[0].dtype).flatten(2, 3).split([part.shape[2] for part in values], dim=3)
-        mixed = (w @ part if isinstance(part, Tensor) else part.mix(w) for w, part in zip(weights, values, strict=True))
+        mixed = (w @ part for w, part in zip(weights, values, strict=True))
         output = functools.reduce(torch.add, mixed)
         return output.unflatten(2, share.shape[2:4]).flatten(1, 2).transpose(1, 2)
 
@@ -245,9 +223,7 @@ def everything(entries: KeptLayer, look: Look, step: Step) -> Reading:
     return Reading(((look.query, entries.keys),), entries.values, readable(entries, look, step))
 
 
-def _products(query: Tensor, keys: Tensor | Packed) -> Tensor:
+def _products(query: Tensor, keys: Tensor) -> Tensor:
     """``(batch, kv_heads, group, queries, keys)``."""
     rows = grouped(query, keys.shape[1])
-    flat = rows.flatten(2, 3)
-    products = flat @ keys.transpose(-1, -2) if isinstance(keys, Tensor) else keys.meet(flat)
-    return products.unflatten(2, rows.shape[2:4])
+    return (rows.flatten(2, 3) @ keys.transpose(-1, -2)).unflatten(2, rows.shape[2:4])

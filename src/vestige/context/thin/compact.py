@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from vestige.context.around import Around
-from vestige.context.attention import Look, Packed, Reading, readable
+from vestige.context.attention import Look, Reading, readable
 from vestige.context.cache import KeptCache
 from vestige.context.evict.full import Full
 from vestige.context.layer import EMPTY, ROOM, KeptLayer, Step, at_slots
@@ -74,9 +74,7 @@ class Thin(Around):
         """Keys and values at full width again, as precise as the form has them."""
         raise NotImplementedError
 
-    def read(
-        self, layer: CompactLayer, look: Look, form: Form
-    ) -> tuple[tuple[Tensor, Tensor | Packed], Tensor | Packed]:
+    def read(self, layer: CompactLayer, look: Look, form: Form) -> tuple[tuple[Tensor, Tensor], Tensor]:
         """How one token reads compact entries: keys with the queries that meet them, and values."""
         keys, values = self.decode(layer, form)
         return (look.query, keys.to(layer.dtype)), values.to(layer.dtype)
@@ -116,6 +114,9 @@ class CompactLayer(KeptLayer):
         self.old_slots = 0
         self.window_keys = self.window_values = torch.empty(0)
         self._mixed = False  # whether the window is out of order
+        self._oldest: int | None = (
+            None  # where it is a ring, the same in all heads: its oldest slot; -1 where it is none
+        )
         self._whole: tuple[Tensor, Tensor] | None = None  # while a chunk is read
         self._known: tuple[Tensor, Form] | None = None  # forms that some of the window had, while entries are dropped
 
@@ -183,6 +184,7 @@ class CompactLayer(KeptLayer):
     def _store(self, step: Step, keys: Tensor, values: Tensor) -> None:
         self.window_keys = torch.cat([self.window_keys, keys], dim=2)
         self.window_values = torch.cat([self.window_values, values], dim=2)
+        self._oldest = None
         if step.decoding:
             self._compact()
 
@@ -198,7 +200,7 @@ class CompactLayer(KeptLayer):
             if not torch.equal(order, torch.arange(self.slots, device=self.device).expand_as(order)):
                 self._gather(order)
                 self.positions = self.positions.gather(2, order)
-        self._mixed = False
+        self._mixed, self._oldest = False, None
         self._compact()
 
     def _compact(self) -> None:
@@ -259,10 +261,13 @@ class CompactLayer(KeptLayer):
         the window is in the order of the text no more."""
         assert self.positions is not None
         old = self.old_slots
-        oldest = self.positions[:, :, old:].argmin(dim=2, keepdim=True)
         # The entry given up is old wherever the last ones, so many as the window holds, are kept in any case.
         spared = self._ranking.recent_tokens(min(step.allowed or [0]))
         outside = old > 0 and not self.cache.padded and spared > self.thin.full_width
+        if outside and self._is_ring():
+            self._replace_in_ring(victim, step, keys, values)
+            return
+        oldest = self.positions[:, :, old:].argmin(dim=2, keepdim=True)
         out = oldest if outside else torch.where(victim < old, oldest, victim - old)
         if old:
             if not outside:
@@ -286,6 +291,31 @@ class CompactLayer(KeptLayer):
             tensor.scatter_(2, leaves, 0)
         self._mixed = True
 
+    def _is_ring(self) -> bool:
+        """Whether all heads' windows hold the same tokens, as they do from where the last ones are always kept."""
+        assert self.positions is not None
+        if self._oldest is None:
+            window = self.positions[:, :, self.old_slots :]
+            alike = bool((window == window[:1, :1]).all())
+            self._oldest = int(window[0, 0].argmin()) if alike else -1
+        return self._oldest >= 0
+
+    def _replace_in_ring(self, victim: Int[Tensor, "batch kv 1"], step: Step, keys: Tensor, values: Tensor) -> None:
+        """The same where the entry given up is old in every head, and the window's oldest stands in one slot."""
+        assert self.positions is not None and self._oldest is not None
+        slot, place = slice(self._oldest, self._oldest + 1), self.old_slots + self._oldest
+        form = self.thin.encode(self, self.window_keys[:, :, slot], self.window_values[:, :, slot])
+        for name, tensor in self.old.items():
+            _put(tensor, victim, form[name])
+        self.window_keys[:, :, slot], self.window_values[:, :, slot] = keys, values
+        self.positions.scatter_(2, victim, self.positions[:, :, place : place + 1])
+        self.positions[:, :, place] = step.start
+        for tensor in self.state.values():
+            tensor.scatter_(2, victim, tensor[:, :, place : place + 1])
+            tensor[:, :, place] = 0
+        self._oldest = (self._oldest + 1) % self.window_keys.shape[2]
+        self._mixed = True
+
     def _gather(self, slots: Int[Tensor, "batch kv kept"]) -> None:
         """Keep some entries, all at full width until they are made compact again."""
         if self.old_slots:
@@ -295,7 +325,7 @@ class CompactLayer(KeptLayer):
             was, form = self._known
             self._known = (was.gather(2, slots), {name: _pick(tensor, slots) for name, tensor in form.items()})
         self.window_keys, self.window_values = (_pick(part, slots) for part in self._wide())
-        self.old, self.old_slots, self._whole = {}, 0, None
+        self.old, self.old_slots, self._whole, self._oldest = {}, 0, None, None
         self.state = {name: tensor.gather(2, slots) for name, tensor in self.state.items()}
 
     def tensors(self) -> dict[str, Tensor]:

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import functools
-from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from vestige.context.attention import Look
 from vestige.context.policy import CachePolicy
 from vestige.context.thin.compact import CompactLayer, Form, Thin
 from vestige.core.method import Paper, Verdict, param
 
 __all__ = ["QuantisedCache", "dequantise", "quantise"]
+
+SCALE = 4  # bytes of the step and the smallest value of a group
 
 
 class QuantisedCache(Thin):
@@ -23,11 +22,12 @@ class QuantisedCache(Thin):
 
     The channels of a key or value are taken in groups, and those of a group written as
 
-    .. math:: x \approx z + s\,c, \qquad z = \min x, \quad s = \frac{\max x - \min x}{2^b - 1}, \quad
+    .. math:: x \approx z + s\,c, \qquad z = \min x, \quad s = \frac{\max x - z}{2^b - 1}, \quad
               c = \operatorname{round}\frac{x - z}{s},
 
     with codes *c* of *b* bits, packed into bytes, and *z* and *s* in half precision. An entry is rounded once, when it
-    leaves the window, and its codes stay with it.
+    leaves the window, and its codes stay with it: they are all that is held of it. While a layer's attention runs its
+    states stand at full width, and are let go before the next layer's.
 
     KIVI, and the quantised layers of transformers after it, group keys by channel over many tokens, which at two bits
     keeps more. But a token in such a group can then neither be dropped nor replaced without the others, and
@@ -52,171 +52,79 @@ class QuantisedCache(Thin):
     )
 
     bits: Literal[8, 4, 2] = param(4, "bits of a code")
-    group: int = param(32, "channels that share a scale; the last group of a head may have fewer", ge=1)
+    group: int = param(32, "channels at most that share a scale; the groups of a head are as equal as can be", ge=1)
 
     def lossless(self, tokens: int) -> CachePolicy | None:
         return None  # rounding always changes something
 
     def encode(self, layer: CompactLayer, keys: Tensor, values: Tensor) -> Form:
         if keys.shape == values.shape:  # at once: with few entries it is the number of operations that counts
-            codes, scales = quantise(torch.stack([keys, values]), self.bits, self.group)
-        else:
-            codes, scales = zip(*(quantise(states, self.bits, self.group) for states in (keys, values)), strict=True)
-        return {"keys": codes[0], "keys scale": scales[0], "values": codes[1], "values scale": scales[1]}
+            rows = quantise(torch.stack([keys, values]), self.bits, self.group)
+            return {"keys": rows[0], "values": rows[1]}
+        return {"keys": quantise(keys, self.bits, self.group), "values": quantise(values, self.bits, self.group)}
 
     def decode(self, layer: CompactLayer, form: Form) -> tuple[Tensor, Tensor]:
         exact = torch.promote_types(layer.dtype, torch.float32)
         keys, values = (
-            dequantise(form[name], form[f"{name} scale"], self.bits, self.group, window.shape[3], exact)
+            dequantise(form[name], self.bits, self.group, window.shape[3], exact)
             for name, window in (("keys", layer.window_keys), ("values", layer.window_values))
         )
         return keys, values
 
-    def read(self, layer: CompactLayer, look: Look, form: Form) -> tuple[tuple[Tensor, Codes], Codes]:
-        dim = layer.window_keys.shape[3], layer.window_values.shape[3]
-        keys, values = (
-            Codes(form[name], form[f"{name} scale"], self.bits, self.group, width, layer.dtype)
-            for name, width in zip(("keys", "values"), dim, strict=True)
-        )
-        return (look.query, keys), values
 
-
-@dataclass(frozen=True)
-class Codes:
-    r"""Rounded states as one token's attention reads them: they are never widened.
-
-    With *z*, *s* and *c* as above, and the channels *i* of a group *g*, a query meets a key, and weights *w* of the
-    entries mix values, as
-
-    .. math:: q \cdot k = \sum_g \Big( z_g \sum_{i \in g} q_i + s_g \sum_{i \in g} q_i c_i \Big), \qquad
-              \sum_n w_n v_{n i} = \sum_n w_n z_{n g} + \sum_n (w_n s_{n g})\, c_{n i}.
-
-    A code is read in its place in the byte, without a shift: as :math:`2^{bk} c`, in the order of the places.
-
-    Attributes:
-        packed: ``(batch, kv_heads, entries, bytes)``.
-        scale: ``(batch, kv_heads, entries, groups, 2)``.
-        dtype: of the model.
-    """
-
-    packed: UInt8[Tensor, "batch kv entries bytes"]
-    scale: Float[Tensor, "batch kv entries groups 2"]
-    bits: int
-    group: int
-    dim: int
-    dtype: torch.dtype
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return (*self.packed.shape[:3], self.dim)
-
-    def meet(self, query: Float[Tensor, "batch kv rows dim"]) -> Float[Tensor, "batch kv rows entries"]:
-        """Products of the keys with queries."""
-        rows, (zero, step), places = query.to(self._exact), self._scale(), self._places()
-        spread = (rows[..., None, places.channel] * places.weight).flatten(2, 3)
-        dots = (spread @ self._raised().mT).unflatten(2, (rows.shape[2], -1))
-        sums = rows @ places.member.mT
-        return ((dots * step[:, :, None]).sum(dim=3) + sums @ zero).to(query.dtype)
-
-    def mix(self, weights: Float[Tensor, "batch kv rows entries"]) -> Float[Tensor, "batch kv rows dim"]:
-        """Mixtures of the values."""
-        rows, (zero, step), places = weights.to(self._exact), self._scale(), self._places()
-        scaled = (rows[..., None, :] * step[:, :, None]).flatten(2, 3)
-        spread = (scaled @ self._raised()).unflatten(2, (rows.shape[2], -1))
-        mixed = (spread * places.weight).sum(dim=3)[..., places.of_channel]
-        return (mixed + (rows @ zero.mT) @ places.member).to(weights.dtype)
-
-    @property
-    def _exact(self) -> torch.dtype:
-        return torch.promote_types(self.dtype, torch.float32)
-
-    def _scale(self) -> tuple[Tensor, Tensor]:
-        """Smallest values and steps, ``(batch, kv_heads, groups, entries)`` each."""
-        zero, step = self.scale.to(self._exact).movedim(2, -1).unbind(dim=3)
-        return zero, step
-
-    def _raised(self) -> Float[Tensor, "batch kv entries places"]:
-        """The codes, each times the power of two of its place."""
-        each, width = 8 // self.bits, self.packed.shape[3]
-        raised = torch.empty(*self.packed.shape[:3], each * width, dtype=self._exact, device=self.packed.device)
-        for number in range(each):
-            part = self.packed if each == 1 else self.packed & ((2**self.bits - 1) << self.bits * number)
-            raised[..., number * width : (number + 1) * width] = part
-        return raised
-
-    def _places(self) -> Places:
-        return Places.of(self.bits, self.group, self.dim, self._exact, self.packed.device)
-
-
-@dataclass(frozen=True)
-class Places:
-    """Where the channels stand in :meth:`Codes._raised`.
-
-    Attributes:
-        channel: ``(places,)`` the channel at each place.
-        of_channel: ``(dim,)`` the place of each channel.
-        weight: ``(groups, places)`` what a raised code counts in its group; 0 in the others and where no channel is.
-        member: ``(groups, dim)`` 1 for the channels of a group.
-    """
-
-    channel: Tensor
-    of_channel: Tensor
-    weight: Tensor
-    member: Tensor
-
-    @staticmethod
-    @functools.lru_cache(maxsize=16)
-    def of(bits: int, group: int, dim: int, dtype: torch.dtype, device: torch.device) -> Places:
-        each = 8 // bits
-        width = -(-dim // each)
-        with torch.inference_mode(False):  # they outlive the pass in which they are made
-            number, byte = torch.arange(each)[:, None], torch.arange(width)
-            channel = (byte * each + number).flatten()
-            groups = torch.arange(-(-dim // group))[:, None]
-            inside = (channel < dim) & (channel // group == groups)
-            weight = inside / 2.0 ** (bits * number.expand(each, width).flatten())
-            at = torch.arange(dim)
-            member = (at // group == groups).to(dtype)
-            tensors = (channel.clamp_max(dim - 1), at % each * width + at // each, weight.to(dtype), member)
-            return Places(*(tensor.to(device) for tensor in tensors))
-
-
-def quantise(
-    states: Float[Tensor, "... dim"], bits: int, group: int
-) -> tuple[UInt8[Tensor, "... bytes"], Float[Tensor, "... groups 2"]]:
-    """Codes, packed into bytes, and per group the smallest value and the step between codes."""
-    parts = _grouped(states.to(torch.promote_types(states.dtype, torch.float32)), group)
-    low, high = parts.amin(dim=-1), parts.amax(dim=-1)
-    scale = torch.stack([low, (high - low) / (2**bits - 1)], dim=-1).to(torch.float16)
-    zero, step = scale.to(parts.dtype).unbind(dim=-1)
-    codes = ((parts - zero[..., None]) / step[..., None]).round().nan_to_num(0.0)
-    flat = codes.clamp(0, 2**bits - 1).to(torch.uint8).flatten(-2)[..., : states.shape[-1]]
-    return _pack(flat, bits), scale
+def quantise(states: Float[Tensor, "... dim"], bits: int, group: int) -> UInt8[Tensor, "... groups bytes"]:
+    """States as rows of bytes: for each group its codes, packed, then *s* and *z* in half precision."""
+    exact = torch.promote_types(states.dtype, torch.float32)
+    parts = _grouped(states.to(exact), _width(states.shape[-1], group))
+    packs, _ = _kernels(parts, bits)
+    if packs is not None:
+        return packs(parts.flatten(0, -2)).view(*parts.shape[:-1], -1)
+    low, high = parts.aminmax(dim=-1)
+    zero = low.to(torch.float16).to(exact)
+    scale = torch.stack([(high - zero) / (2**bits - 1), zero], dim=-1).to(torch.float16)
+    step = scale[..., 0].to(exact)
+    codes = ((parts - zero[..., None]) / step[..., None]).round().nan_to_num(0.0).clamp(0, 2**bits - 1)
+    return torch.cat([_pack(codes.to(torch.uint8), bits), scale.view(torch.uint8)], dim=-1)
 
 
 def dequantise(
-    packed: UInt8[Tensor, "... bytes"],
-    scale: Float[Tensor, "... groups 2"],
-    bits: int,
-    group: int,
-    dim: int,
-    dtype: torch.dtype,
+    rows: UInt8[Tensor, "... groups bytes"], bits: int, group: int, dim: int, dtype: torch.dtype
 ) -> Float[Tensor, "... dim"]:
-    """The states that codes stand for."""
-    zero, step = scale.to(dtype).unbind(dim=-1)
-    parts = _grouped(_unpack(packed, bits, dim).to(dtype), group)
-    return (zero[..., None] + step[..., None] * parts).flatten(-2)[..., :dim]
+    """The states that rows of :func:`quantise` stand for."""
+    width = _width(dim, group)
+    _, unpacks = _kernels(rows.new_empty(0, width, dtype=dtype), bits)
+    if unpacks is not None:
+        states = unpacks(rows.reshape(-1, rows.shape[-1])).view(*rows.shape[:-1], width)
+    else:
+        step, zero = rows[..., -SCALE:].contiguous().view(torch.float16).to(dtype).unbind(dim=-1)
+        states = zero[..., None] + step[..., None] * _unpack(rows[..., :-SCALE], bits, width).to(dtype)
+    return states.flatten(-2)[..., :dim]
 
 
-def _grouped(states: Tensor, group: int) -> Tensor:
-    """``(..., groups, group)``; the last channel is repeated where a group lacks some, which changes no extreme."""
-    lacking = -states.shape[-1] % group
+def _kernels(parts: Float[Tensor, "... width"], bits: int) -> tuple[Any, Any]:
+    """One operation of torch each way, for rows of these very bytes, where there is one: on the CPU, where a step over
+    few entries is as long as its number of operations."""
+    width, each = parts.shape[-1], 8 // bits
+    if parts.device.type != "cpu" or parts.dtype != torch.float32 or bits == 8 or width % each:
+        return None, None
+    known = torch.ops.quantized
+    return getattr(known, f"embedding_bag_{bits}bit_prepack"), getattr(known, f"embedding_bag_{bits}bit_unpack")
+
+
+def _width(dim: int, group: int) -> int:
+    """Channels of a group where those of a head make groups as equal as can be."""
+    return -(-dim // -(-dim // group))
+
+
+def _grouped(states: Tensor, width: int) -> Float[Tensor, "... groups width"]:
+    """The last channel is repeated where the last group lacks some, which changes no extreme."""
+    lacking = -states.shape[-1] % width
     if lacking:
         states = torch.cat([states, states[..., -1:].expand(*states.shape[:-1], lacking)], dim=-1)
-    return states.unflatten(-1, (-1, group))
+    return states.unflatten(-1, (-1, width))
 
 
-def _pack(codes: UInt8[Tensor, "... dim"], bits: int) -> UInt8[Tensor, "... bytes"]:
+def _pack(codes: UInt8[Tensor, "... width"], bits: int) -> UInt8[Tensor, "... bytes"]:
     """Codes of less than a byte, side by side in bytes."""
     each = 8 // bits
     if each == 1:
@@ -228,8 +136,8 @@ def _pack(codes: UInt8[Tensor, "... dim"], bits: int) -> UInt8[Tensor, "... byte
     return packed
 
 
-def _unpack(packed: UInt8[Tensor, "... bytes"], bits: int, dim: int) -> UInt8[Tensor, "... dim"]:
+def _unpack(packed: UInt8[Tensor, "... bytes"], bits: int, width: int) -> UInt8[Tensor, "... width"]:
     if bits == 8:
         return packed
     shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)
-    return ((packed[..., None] >> shifts) & (2**bits - 1)).flatten(-2)[..., :dim]
+    return ((packed[..., None] >> shifts) & (2**bits - 1)).flatten(-2)[..., :width]

@@ -1,7 +1,7 @@
 """A quantised cache (KIVI, arXiv 2402.02750, section 3, by token): old keys and values in b bits.
 
-The channels of a key or value are cut into groups. With z the smallest value of a group and s the largest less the
-smallest, divided by 2^b - 1, both rounded to half precision, a value x is held as z + s c with
+The channels of a key or value are cut into groups, as equal as can be. With z the smallest value of a group and s the
+largest less z, divided by 2^b - 1, both rounded to half precision, a value x is held as z + s c with
 
     c = round((x - z) / s), between 0 and 2^b - 1.
 
@@ -10,6 +10,7 @@ An entry is rounded when it leaves the window of the last w held. Which tokens a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -42,7 +43,7 @@ def simulate(
     Args:
         policy: says which tokens are held.
         bits: b.
-        group: channels of a group; the last may have fewer.
+        group: channels of a group at most.
         full_width: w.
         query, key, value, chunks, layer: as in :func:`~vestige.evidence.references.caching.follow`.
     """
@@ -50,10 +51,10 @@ def simulate(
     old: list[set[int]] = [set() for _ in key]
 
     def rounded(x: Float[Tensor, " dim"]) -> Float[Tensor, " dim"]:
-        held = []
-        for part in x.split(group):
+        held, groups = [], math.ceil(len(x) / group)
+        for part in x.split(math.ceil(len(x) / groups)):
             z = part.min().half().double()
-            s = ((part.max() - part.min()) / (2**bits - 1)).half().double()
+            s = ((part.max() - z) / (2**bits - 1)).half().double()
             c = ((part - z) / s).round().clamp(0, 2**bits - 1) if s > 0 else torch.zeros_like(part)
             held.append(z + s * c)
         return torch.cat(held)
