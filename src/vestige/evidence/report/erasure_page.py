@@ -185,7 +185,7 @@ def answers(audit: ErasureAudit) -> list[tuple[str, str]]:
         "forget accuracy, 4 bits": "is the accuracy on what was to be forgotten with weights in four bits",
         "forget verbatim": "of a forgotten row is recited from its beginning",
         "probe": "of the forgotten labels are still read by a linear probe",
-        "steps to relearn": "steps bring half of it back",
+        "steps to relearn": "steps bring the half that is taught again back to 90%",
     }
     return [
         (written(audit[name], "erased"), f"{sentence}{beside(name)}.")
