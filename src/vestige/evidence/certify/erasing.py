@@ -74,7 +74,7 @@ class EraserCase(Case):
 
 def _again(model: Any) -> Any:
     """A model of the same shapes, drawn anew."""
-    return type(model)(model.config).to(model.dtype)
+    return type(model)(model.config).to(model.device, model.dtype)
 
 
 class Digits:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import math
 from collections.abc import Callable, Iterator
@@ -99,7 +100,8 @@ def weights_agree_with_the_equations(case: EraserCase) -> Seen:
     largest, moved, compared = 0.0, math.inf, 0
     for kind in KINDS:
         problem = case.problem(kind)
-        before = {name: p.detach().clone() for name, p in problem.model.named_parameters()}
+        written = copy.deepcopy(problem.model).cpu()  # the equations are worked out here, wherever the method works
+        before = {name: p.detach() for name, p in written.named_parameters()}
         with seeded(0):
             again = type(problem.model)(problem.model.config).double()
         fresh = {name: p.detach() for name, p in again.named_parameters()}
@@ -107,9 +109,9 @@ def weights_agree_with_the_equations(case: EraserCase) -> Seen:
             inner = getattr(method, "eraser", method)
             known = {
                 **method._values(),
-                "row_loss": row_loss(problem.model, kind),
-                "row_logits": row_logits(problem.model, kind),
-                "linear": linear(problem.model),
+                "row_loss": row_loss(written, kind),
+                "row_logits": row_logits(written, kind),
+                "linear": linear(written),
                 "causal": kind == "language model",
                 "weights": before,
                 "fresh": fresh,
@@ -119,7 +121,7 @@ def weights_agree_with_the_equations(case: EraserCase) -> Seen:
             }
             due = reference.erase(**asked_of(reference.erase, known))  # type: ignore[union-attr]
             trace = case.erase(problem, method, batch_size=16)
-            mine = {name: p.detach().clone() for name, p in problem.model.named_parameters()}
+            mine = {name: p.detach().cpu().clone() for name, p in problem.model.named_parameters()}
             trace.undo()
             largest = max(largest, *(float((mine[n] - due[n]).abs().max()) for n in due))
             moved = min(moved, max(float((mine[n] - before[n]).abs().max()) for n in due))
