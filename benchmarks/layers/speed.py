@@ -80,8 +80,7 @@ class Case:
             return ["ours"]
         with torch.no_grad():
             served = self.drive is not None and fla.serves(self.drive)
-        shared = name == "lizard" or (self.drive is not None and self.drive.beta is None)
-        kernels = ["kernels"] if shared else []
+        kernels = ["kernels"] if name == "lizard" or self.drive is not None else []
         return ["own", *kernels, *(["fla"] if served else []), "ours"]
 
 

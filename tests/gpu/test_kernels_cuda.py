@@ -127,7 +127,7 @@ def test_recurrence(decay, keys, groups, length, packed):
 def test_delta_rule(decay, keys, groups, length, packed):
     """Keys that are near to each other, so that tokens of a chunk correct each other; else as above."""
     torch.manual_seed(0)
-    batch, heads, values = 2, 2, 48
+    batch, heads, values = 80 if length == 1000 and DEVICE == "cuda" else 2, 2, 48  # many rows are walked in wide tiles
     token = (batch, length, heads)
     draws = {
         "none": lambda: None,
@@ -149,7 +149,7 @@ def test_delta_rule(decay, keys, groups, length, packed):
         lambda state, **drive: delta_cuda(Drive(**drive, scale=0.3), state, starts),
         lambda state, **drive: chunked(Drive(**drive, scale=0.3), state, starts=starts),
         parts,
-        0.15 if decay in ("strong", "per head") else MOST[torch.bfloat16],  # a slope is a difference of large numbers
+        MOST[torch.bfloat16],
     )
 
 
@@ -268,6 +268,7 @@ def test_slopes_of_a_memory(shape):
     ("name", "compiled"),
     [
         *((name, False) for name in ("aaren", "gla", "sparse-state-expansion", "local-linear-attention", "titans")),
+        *((name, False) for name in ("delta-net", "gated-delta-net")),
         *((name, True) for name in ("aaren", "gla", "local-linear-attention")),
     ],
 )

@@ -49,13 +49,23 @@ def relative(mine, due):
 @pytest.mark.parametrize("groups", [HEADS, 1])
 @pytest.mark.parametrize("rate", [False, True])
 @pytest.mark.parametrize("decay", DECAYS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("path", ["dispatched", "own"])
-def test_recurrence_forward_and_backward(path, dtype, decay, rate, groups):
+@pytest.mark.parametrize(
+    ("path", "dtype"),
+    [
+        ("dispatched", torch.float32),
+        ("dispatched", torch.bfloat16),
+        ("without fla", torch.bfloat16),
+        ("own", torch.float32),
+        ("own", torch.bfloat16),
+    ],
+)
+def test_recurrence_forward_and_backward(path, dtype, decay, rate, groups, monkeypatch):
     """Whichever path is taken, in half precision as near to float64 as half precision is."""
+    if path == "without fla":
+        monkeypatch.setattr(fla, "serves", lambda drive: False)
     drive, exact = make(decay, rate, dtype, groups)
     state = torch.randn(BATCH, HEADS, KEYS, VALUES, device="cuda")
-    form = recurrence if path == "dispatched" else chunked
+    form = chunked if path == "own" else recurrence
     out, last = form(drive, state)
     due, due_last = chunked(exact, state.double())
     most = 2e-4 if dtype == torch.float32 else 2e-2
@@ -67,9 +77,12 @@ def test_recurrence_forward_and_backward(path, dtype, decay, rate, groups):
         assert relative(here, there) < 2 * most
 
 
+@pytest.mark.parametrize("path", ["dispatched", "without fla"])
 @pytest.mark.parametrize("rate", [False, True])
 @pytest.mark.parametrize("decay", DECAYS)
-def test_recurrence_packed(decay, rate):
+def test_recurrence_packed(decay, rate, path, monkeypatch):
+    if path == "without fla":
+        monkeypatch.setattr(fla, "serves", lambda drive: False)
     drive, exact = make(decay, rate, torch.bfloat16, batch=1)
     ends = torch.tensor([0, 70, 71, 200, LENGTH], device="cuda")
     starts = torch.zeros(1, LENGTH, dtype=torch.bool, device="cuda")

@@ -21,6 +21,7 @@ No product here takes the transpose of another product's result: on Hopper some 
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -35,7 +36,6 @@ from vestige.layers.ops.recurrence_triton import (
     NO_DECAY,
     Size,
     _d_keys,
-    _d_scores,
     _faded,
     _fades,
     _matrix,
@@ -48,10 +48,9 @@ from vestige.layers.ops.recurrence_triton import (
     summed,
 )
 
-__all__ = ["WIDEST_KEY", "delta_cuda"]
+__all__ = ["delta_cuda", "takes"]
 
-WIDEST_KEY = 256
-"""A walk holds all channels of the keys at once."""
+WIDEST_KEY = 256  # a walk holds all channels of the keys at once
 
 
 @triton.jit
@@ -173,11 +172,11 @@ def _walk_back(
 
 
 @triton.jit
-def _d_system(
-    v, number, beta, inverse, written, d_written, d_v, d_right, d_overlap, d_beta, chunks, heads, values,
-    PACKED: tl.constexpr, CHUNK: tl.constexpr, VALUES: tl.constexpr,
+def _d_within(
+    v, number, beta, inverse, written, d_out, d_written, d_v, d_right, d_scores, d_overlap, d_beta, scale,
+    chunks, heads, values, PACKED: tl.constexpr, CHUNK: tl.constexpr, VALUES: tl.constexpr,
 ):  # fmt: skip
-    """Of the two sides of the system of a chunk, and of the values."""
+    """Of scores, of the two sides of the system of a chunk, and of the values."""
     block = tl.program_id(0).to(tl.int64)
     row, n = block // chunks, block % chunks
     token = (row // heads * chunks + n) * CHUNK
@@ -185,21 +184,24 @@ def _d_system(
     here = tl.arange(0, CHUNK)
     rate = tl.load(beta + start + here * heads).to(tl.float32)
     back = tl.load(inverse + block * CHUNK * CHUNK + here[None, :] * CHUNK + here[:, None])
-    found = tl.zeros([CHUNK, CHUNK], tl.float32)
+    asked, solved = tl.zeros([CHUNK, CHUNK], tl.float32), tl.zeros([CHUNK, CHUNK], tl.float32)
     through = tl.zeros([CHUNK], tl.float32)
     for channel in range(0, values, VALUES):
         vd = channel + tl.arange(0, VALUES)
+        u = _tile(written, start, here, heads, vd, values)
+        asked += tl.dot(_tile(d_out, start, here, heads, vd, values), tl.trans(u))
         slope = tl.dot(back, _tile(d_written, start, here, heads, vd, values))
+        solved -= tl.dot(slope.to(u.dtype), tl.trans(u))
+        through += tl.sum(slope * _tile(v, start, here, heads, vd, values).to(tl.float32), 1)
         _put_tile(d_right, start, here, heads, vd, values, slope)
         _put_tile(d_v, start, here, heads, vd, values, slope * rate[:, None])
-        through += tl.sum(slope * _tile(v, start, here, heads, vd, values).to(tl.float32), 1)
-        u = _tile(written, start, here, heads, vd, values)
-        found -= tl.dot(slope.to(u.dtype), tl.trans(u))
-    seen = here[None, :] < here[:, None]
+    seen = here[None, :] <= here[:, None]
     if PACKED:
         part = tl.load(number + token + here)
         seen = seen & (part[:, None] == part[None, :])
-    _put_matrix(d_overlap, block, here, here, CHUNK, CHUNK, tl.where(seen, found, 0.0))
+    _put_matrix(d_scores, block, here, here, CHUNK, CHUNK, tl.where(seen, asked * scale, 0.0))
+    seen = seen & (here[None, :] != here[:, None])
+    _put_matrix(d_overlap, block, here, here, CHUNK, CHUNK, tl.where(seen, solved, 0.0))
     tl.store(d_beta + start + here * heads, through)
 
 
@@ -287,13 +289,9 @@ class _Chunks(torch.autograd.Function):
             q, k, b, part, scores, erased, d_out, d_last, d_written, d_states, d_first, ctx.scale,
             *size.shape, **size.walking,
         )  # fmt: skip
-        _d_system[(size.blocks,)](
-            v, part, beta, inverse, written, d_written, d_v, d_right, d_overlap, d_beta[-1],
+        _d_within[(size.blocks,)](
+            v, part, beta, inverse, written, d_out, d_written, d_v, d_right, d_scores, d_overlap, d_beta[-1], ctx.scale,
             size.chunks, size.heads, size.values,
-            PACKED=size.how["PACKED"], CHUNK=CHUNK, VALUES=size.tiles["VALUES"], num_warps=4,
-        )  # fmt: skip
-        _d_scores[(size.blocks,)](
-            written, part, d_out, d_scores, ctx.scale, size.chunks, size.heads, size.values,
             PACKED=size.how["PACKED"], CHUNK=CHUNK, VALUES=size.tiles["VALUES"], num_warps=4,
         )  # fmt: skip
         slopes = (q, q) if d_sums is None else d_sums
@@ -303,7 +301,7 @@ class _Chunks(torch.autograd.Function):
         )  # fmt: skip
         _d_erasing[(size.blocks, size.parts)](
             k, b, part, beta, states, d_right, d_overlap, d_k, slopes[1], d_beta,
-            *size.shape, size.tokens, **{**size.tiles, "KEYS": size.few_keys, "num_warps": 2},
+            *size.shape, size.tokens, **size.erasing,
         )  # fmt: skip
         d_decay = None if d_sums is None else summed(decay, d_sums.sum((0, 1)))
         return d_q, d_k, d_v, d_decay, d_beta.sum(0).to(beta.dtype), None, d_first, None
@@ -314,20 +312,29 @@ class _Size(Size):
 
     def __init__(self, q: Tensor, v: Tensor, decay: Tensor | None, number: Tensor | None) -> None:
         super().__init__(q, v, decay, number)
-        narrow = min(32, self.tiles["VALUES"])
-        self.walking_rows = (self.rows, triton.cdiv(self.values, narrow))
         wide = max(16, triton.next_power_of_2(self.keys))
-        self.walking = {
-            **self.how,
-            "KEYS": wide,
-            "VALUES": narrow,
-            "num_warps": 4,
-            "num_stages": 2 if wide < 256 else 1,
-        }
-        self.solving = {**self.tiles, "HALVINGS": CHUNK.bit_length() - 1, "num_warps": 2}
+        few = min(self.tiles["VALUES"], 64 * 128 // wide)
+        while few > 16 and self.rows * triton.cdiv(self.values, few) < processors(v.device):
+            few //= 2  # more programs where there are few rows to walk along
+        self.walking_rows = (self.rows, triton.cdiv(self.values, few))
+        held = {"KEYS": wide, "VALUES": few, "num_warps": 4, "num_stages": 2 if wide < WIDEST_KEY else 1}
+        self.walking = {**self.how, **held}
+        self.solving = {**self.tiles, "HALVINGS": CHUNK.bit_length() - 1}
+        self.erasing = {**self.tiles, "num_warps": 2}
+
+
+@functools.cache
+def processors(device: torch.device) -> int:
+    """How many programs a device runs at the same time, at least."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def takes(drive: Drive) -> bool:
+    """Whether :func:`delta_cuda` takes a drive: keys that are not too wide, and no decay per channel."""
+    return drive.k.shape[-1] <= WIDEST_KEY and (drive.decay is None or drive.decay.dim() < 4)
 
 
 def delta_cuda(drive: Drive, state: Tensor | None, starts: Tensor | None) -> tuple[Tensor, Tensor]:
-    """See :func:`vestige.layers.ops.recurrence.recurrence`; by the delta rule, with no decay per channel, and sums in
-    float32."""
+    """See :func:`vestige.layers.ops.recurrence.recurrence`; by the delta rule, for what it :func:`takes`, and
+    sums in float32."""
     return by_chunks(_Chunks.apply, drive, state, starts)

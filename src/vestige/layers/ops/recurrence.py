@@ -130,11 +130,15 @@ def _by_kernels(
     from vestige.layers.ops.fla import fla_recurrence
 
     found = fla_recurrence(drive, state, starts=starts, cu_seqlens=cu_seqlens)
-    if found is None and drive.beta is None and drive.v.dtype == torch.bfloat16 and has_kernels(drive.v):
+    if found is not None or drive.v.dtype != torch.bfloat16 or not has_kernels(drive.v):
+        return found
+    if drive.beta is None:
         from vestige.layers.ops.recurrence_triton import recurrence_cuda
 
-        found = recurrence_cuda(drive, state, starts)
-    return found
+        return recurrence_cuda(drive, state, starts)
+    from vestige.layers.ops.delta_triton import delta_cuda, takes
+
+    return delta_cuda(drive, state, starts) if takes(drive) else None
 
 
 def step(

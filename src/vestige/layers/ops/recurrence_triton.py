@@ -297,17 +297,24 @@ def _d_keys(
         dq += tl.dot(do, tl.trans(state))
         dk += tl.dot(vt, tl.trans(slope))
         if DECAY != NO_DECAY:
-            after = _matrix(states, row * (chunks + 1) + n + 1, kd, vd, keys, values)
-            through += tl.sum(slope.to(tl.float32) * after.to(tl.float32), 1)
+            if ROWS < CHUNK:
+                state = _matrix(states, row * (chunks + 1) + n + 1, kd, vd, keys, values)
+            through += tl.sum(slope.to(tl.float32) * state.to(tl.float32), 1)
     dq *= scale
     if DECAY != NO_DECAY:
         b = _fades(sums, start, mine, heads, kd, keys, DECAY)
-        dq = _faded(dq, b)
-        dk = _faded(dk, _fade_at(sums, start, CHUNK - 1, heads, kd, keys, DECAY)[None, :] - b)
+        end = _fade_at(sums, start, CHUNK - 1, heads, kd, keys, DECAY)
+        dq, dk = _faded(dq, b), _faded(dk, end[None, :] - b)
     if PACKED:
-        part = tl.load(number + token + mine)
+        part, final = tl.load(number + token + mine), tl.load(number + token + CHUNK - 1)
         dq = tl.where((part == 0)[:, None], dq, 0.0)
-        dk = tl.where((part == tl.load(number + token + CHUNK - 1))[:, None], dk, 0.0)
+        dk = tl.where((part == final)[:, None], dk, 0.0)
+    qt, kt = _tile(q, start, mine, heads, kd, keys), _tile(k, start, mine, heads, kd, keys)
+    if DECAY != NO_DECAY and ROWS == CHUNK:  # of the state after the chunk: the rest of that before, and what was added
+        through = _faded(through, end)
+        if PACKED:
+            through = tl.where(final == 0, through, 0.0)
+        through += tl.sum(kt.to(tl.float32) * dk, 0)
 
     square = d_scores + block * CHUNK * CHUNK
     asked = tl.load(square + mine[:, None] * CHUNK + here[None, :])  # by the tokens of this program, of all
@@ -340,7 +347,6 @@ def _d_keys(
     _put_tile(d_q, start, mine, heads, kd, keys, dq)
     _put_tile(d_k, start, mine, heads, kd, keys, dk)
     if DECAY != NO_DECAY:
-        qt, kt = _tile(q, start, mine, heads, kd, keys), _tile(k, start, mine, heads, kd, keys)
         db = qt.to(tl.float32) * dq - kt.to(tl.float32) * dk
         db += tl.where((mine == CHUNK - 1)[:, None], through[None, :], 0.0)
         if DECAY == BY_CHANNEL:
@@ -432,15 +438,16 @@ class Size:
         wide_k, wide_v = (max(16, min(64, triton.next_power_of_2(n))) for n in (self.keys, self.values))
         self.tiles = {**self.how, "KEYS": wide_k, "VALUES": wide_v, "num_warps": 4}
         self.reading = (self.blocks, triton.cdiv(self.values, wide_v))
-        narrow = min(32, wide_v)  # more programs where there are few rows to walk along
+        narrow = min(32, wide_v)
         self.walk = (self.rows, triton.cdiv(self.keys, wide_k), triton.cdiv(self.values, narrow))
         self.walking = {**self.tiles, "VALUES": narrow, "num_warps": 8}
-        self.few_keys = min(32, wide_k)  # where many tiles of keys are held at once
-        self.parts = triton.cdiv(self.keys, self.few_keys)
         self.tokens = batch * length
-        few = {**self.tiles, "KEYS": self.few_keys, "ROWS": ROWS}
-        self.scoring, self.keying = (self.blocks, CHUNK // ROWS), (self.blocks, CHUNK // ROWS, self.parts)
-        self.scored, self.keyed = {n: v for n, v in few.items() if n != "VALUES"}, few
+        # With a decay per channel a few rows and columns at a time: many tiles are held at once.
+        rows, few = (ROWS, min(32, wide_k)) if kind == BY_CHANNEL else (CHUNK, wide_k)
+        self.parts = triton.cdiv(self.keys, few)
+        self.scoring, self.keying = (self.blocks, CHUNK // rows), (self.blocks, CHUNK // rows, self.parts)
+        self.scored = {**self.how, "ROWS": rows, "KEYS": few, "num_warps": 4}
+        self.keyed = {**self.tiles, "ROWS": rows, "KEYS": few, "num_warps": 8 if few == 64 else 4}
 
 
 def recurrence_cuda(drive: Drive, state: Tensor | None, starts: Tensor | None) -> tuple[Tensor, Tensor]:
