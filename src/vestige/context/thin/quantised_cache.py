@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+import functools
+from collections.abc import Callable
+from typing import Literal
 
 import torch
 from jaxtyping import Float, UInt8
@@ -76,9 +78,8 @@ def quantise(states: Float[Tensor, "... dim"], bits: int, group: int) -> UInt8[T
     """States as rows of bytes: for each group its codes, packed, then *s* and *z* in half precision."""
     exact = torch.promote_types(states.dtype, torch.float32)
     parts = _grouped(states.to(exact), _width(states.shape[-1], group))
-    packs, _ = _kernels(parts, bits)
-    if packs is not None:
-        return packs(parts.flatten(0, -2)).view(*parts.shape[:-1], -1)
+    if parts.device.type == "cpu" and exact == torch.float32 and (kernels := _kernels(bits, parts.shape[-1])):
+        return kernels[0](parts.flatten(0, -2)).view(*parts.shape[:-1], -1)
     low, high = parts.aminmax(dim=-1)
     zero = low.to(torch.float16).to(exact)
     scale = torch.stack([(high - zero) / (2**bits - 1), zero], dim=-1).to(torch.float16)
@@ -92,23 +93,23 @@ def dequantise(
 ) -> Float[Tensor, "... dim"]:
     """The states that rows of :func:`quantise` stand for."""
     width = _width(dim, group)
-    _, unpacks = _kernels(rows.new_empty(0, width, dtype=dtype), bits)
-    if unpacks is not None:
-        states = unpacks(rows.reshape(-1, rows.shape[-1])).view(*rows.shape[:-1], width)
+    groups = rows.shape[-2]
+    if rows.device.type == "cpu" and dtype == torch.float32 and (kernels := _kernels(bits, width)):
+        states = kernels[1](rows.reshape(-1, rows.shape[-1])).view(*rows.shape[:-2], groups * width)
     else:
         step, zero = rows[..., -SCALE:].contiguous().view(torch.float16).to(dtype).unbind(dim=-1)
-        states = zero[..., None] + step[..., None] * _unpack(rows[..., :-SCALE], bits, width).to(dtype)
-    return states.flatten(-2)[..., :dim]
+        states = (zero[..., None] + step[..., None] * _unpack(rows[..., :-SCALE], bits, width).to(dtype)).flatten(-2)
+    return states if groups * width == dim else states[..., :dim]
 
 
-def _kernels(parts: Float[Tensor, "... width"], bits: int) -> tuple[Any, Any]:
+@functools.cache
+def _kernels(bits: int, width: int) -> tuple[Callable[[Tensor], Tensor], ...]:
     """One operation of torch each way, for rows of these very bytes, where there is one: on the CPU, where a step over
     few entries is as long as its number of operations."""
-    width, each = parts.shape[-1], 8 // bits
-    if parts.device.type != "cpu" or parts.dtype != torch.float32 or bits == 8 or width % each:
-        return None, None
+    if bits == 8 or width % (8 // bits):
+        return ()
     known = torch.ops.quantized
-    return getattr(known, f"embedding_bag_{bits}bit_prepack"), getattr(known, f"embedding_bag_{bits}bit_unpack")
+    return tuple(getattr(known, f"embedding_bag_{bits}bit_{way}") for way in ("prepack", "unpack"))
 
 
 def _width(dim: int, group: int) -> int:
