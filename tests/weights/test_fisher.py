@@ -97,7 +97,7 @@ def test_weights_in_sixteen_bits_are_counted_in_more():
         assert torch.allclose(value, due[name], rtol=0.2, atol=0.05 * float(due[name].max()) + 1e-12), name
 
 
-def test_copies_for_rows_take_no_more_room_than_the_weights():
+def test_rows_that_are_looked_at_together_fit_into_the_room(monkeypatch):
     class Table(nn.Module):
         def __init__(self):
             super().__init__()
@@ -112,10 +112,16 @@ def test_copies_for_rows_take_no_more_room_than_the_weights():
     work = fisher._Squares(model, lambda out, row: F.cross_entropy(out, row["labels"]), dict(model.named_parameters()))
     assert not work.add(rows), "the table was taken for a linear map's"
     assert list(work.taps) == ["answer.weight"] and sorted(work.others) == ["answer.bias", "table"]
-    assert 1 < work.most < 12
-    assert sum(work.leaves[name].nbytes for name in work.others) * work.most <= sum(
-        p.nbytes for p in model.parameters()
-    )
+    assert work.rows == 1
+    monkeypatch.setattr(fisher, "LEAST_ROOM", 0)
+    assert work.add({key: value[:1] for key, value in rows.items()})
+    # What one row took: its copies three times, and what was kept of it for the backward pass.
+    copies = sum(work.leaves[name].nbytes for name in work.others)
+    assert 1 <= work.rows < fisher.ROOM * sum(p.nbytes for p in model.parameters()) / (3 * copies)
+    monkeypatch.setattr(fisher, "LEAST_ROOM", 1 << 30)
+    work.rows = 1
+    assert work.add({key: value[:1] for key, value in rows.items()})
+    assert work.rows > 1000
 
 
 def test_no_rows_is_an_error():

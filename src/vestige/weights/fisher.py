@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.func import functional_call, vmap
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
@@ -17,6 +19,8 @@ __all__ = ["diagonal"]
 
 BLOCK = 32 << 20
 """Bytes of gradients of single rows that are held at once, of one weight; no more than a quarter of all weights."""
+ROOM, LEAST_ROOM = 1.5, 32 << 20
+"""What rows that are looked at together may take besides: so many times the weights; at least so many bytes."""
 
 Loss = Callable[[Any, Mapping[str, Tensor]], Tensor]
 
@@ -26,7 +30,7 @@ def diagonal(
     batches: Iterable[Mapping[str, Tensor]],
     loss: Loss,
     parameters: Mapping[str, Tensor],
-    chunk: int = 16,
+    chunk: int = 64,
 ) -> dict[str, Tensor]:
     """The mean over rows of the squared gradient of each row's own loss.
 
@@ -40,7 +44,8 @@ def diagonal(
         batches: what the model takes, rows first; only one batch is held at a time.
         loss: of the outputs and a batch of one row.
         parameters: those to look at, by name.
-        chunk: rows at a time, at most; each needs the room of its activations.
+        chunk: rows at a time, at most; fewer, where their activations would take more room than one and a half times
+            the weights.
 
     Returns:
         One tensor per parameter, of its shape, in float32 or wider.
@@ -54,7 +59,7 @@ def diagonal(
         rows = len(next(iter(batch.values())))
         start = 0
         while start < rows:
-            part = {key: value[start : start + min(chunk, work.most)] for key, value in batch.items()}
+            part = {key: value[start : start + min(chunk, work.rows)] for key, value in batch.items()}
             if work.add(part):
                 start += len(next(iter(part.values())))
         seen += rows
@@ -81,16 +86,18 @@ class _Squares:
         room = sum(total.nbytes for total in self.total.values()) // 4
         self.taps = {name: _Tap(p, self.total[name], room) for name, p in self.leaves.items() if p.ndim == 2}
         self.vectorised = True
+        self.rows = 1  # that fit together: what one takes is seen on the first
 
     @property
     def others(self) -> list[str]:
         return [name for name in self.leaves if name not in self.taps]
 
-    @property
-    def most(self) -> int:
-        """Rows whose copies of the other weights take no more room than all weights do."""
+    def _fitting(self, saved: int) -> int:
+        """Rows that fit together, when for the backward pass so many bytes are kept of one."""
         whole = sum(p.nbytes for p in self.leaves.values())
-        return max(1, whole // max(1, sum(self.leaves[name].nbytes for name in self.others)))
+        # Of the other weights there are a copy, its gradient and its square for each row.
+        each = saved + 3 * sum(self.leaves[name].nbytes for name in self.others)
+        return max(1, int(max(ROOM * whole, LEAST_ROOM)) // max(1, each))
 
     def add(self, rows: Mapping[str, Tensor]) -> bool:
         """Add some rows; whether that was done, or has to be tried again with what was found out."""
@@ -122,7 +129,15 @@ class _Squares:
             return self.loss(outputs, batch)
 
         mark = torch.zeros(count, device=next(iter(rows.values())).device)
-        losses: Tensor = vmap(of_row, randomness="different")(mark, copies, dict(rows))
+        kept: dict[int, int] = {}  # bytes, by place
+
+        def note(value: Tensor) -> Tensor:
+            kept[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
+            return value
+
+        looking = saved_tensors_hooks(note, lambda value: value) if self.rows == 1 else nullcontext()
+        with looking:
+            losses: Tensor = vmap(of_row, randomness="different")(mark, copies, dict(rows))
         if watch.otherwise:
             self.taps = {name: tap for name, tap in self.taps.items() if name not in watch.otherwise}
             return False
@@ -133,6 +148,9 @@ class _Squares:
                 self.total[name] += gradient.to(self.total[name].dtype).square().sum(0)
         for tap in self.taps.values():
             tap.finish()
+        if kept:
+            own = {p.untyped_storage().data_ptr() for p in self.leaves.values()}
+            self.rows = self._fitting(sum(size for place, size in kept.items() if place not in own))
         return True
 
     def _one_by_one(self, rows: Mapping[str, Tensor]) -> None:
