@@ -7,8 +7,8 @@ After a block of tokens with inputs :math:`X` and slopes :math:`D` of a layer th
 
 .. math:: A' = a A + c S - X^\top \operatorname{diag}(r) D, \qquad S' = e S - X^\top \operatorname{diag}(h) D ,
 
-and the next block's slopes are taken at :math:`A'`. The loop over blocks is what a text has to wait for, so it has few
-steps, and its derivative, written out here, hardly more.
+and the next block's slopes are taken at the weights that a retention makes of :math:`A'`. The loop over blocks is
+what a text has to wait for, so it has few steps, and its derivative, written out here, hardly more.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from torch.autograd.function import once_differentiable
 from vestige.layers.ops.learning.biases import Bias
 from vestige.layers.ops.learning.lessons import Taught, gain_slope, teach, teach_back
 from vestige.layers.ops.learning.perceptron import Perceptron, has_own_kernels
+from vestige.layers.ops.learning.retentions import Retention
 
 __all__ = ["Scanned", "scan"]
 
@@ -49,6 +50,7 @@ class Scanned:
 def scan(
     memory: Perceptron,
     bias: Bias,
+    retention: Retention,
     x: Float[Tensor, "blocks memories rows inputs"],
     k: Float[Tensor, "blocks memories rows dim"],
     v: Float[Tensor, "blocks memories rows dim"],
@@ -76,7 +78,8 @@ def scan(
     """
     blocks, depth = len(x), memory.depth
     parts = (*total, *surprise, *point, *start)
-    found = list(_Scan.apply(memory, bias, bool(surprise), fresh, x, k, v, bound, gain, left, share, pile, *parts))
+    how = memory, bias, retention, bool(surprise)
+    found = list(_Scan.apply(*how, fresh, x, k, v, bound, gain, left, share, pile, *parts))
 
     def take(count: int) -> list[Tensor]:
         return [found.pop(0) for _ in range(count)]
@@ -95,6 +98,7 @@ class _Scan(torch.autograd.Function):
         ctx: Any,
         memory: Perceptron,
         bias: Bias,
+        retention: Retention,
         momentum: bool,
         fresh: Tensor | None,
         x: Tensor,
@@ -126,7 +130,7 @@ class _Scan(torch.autograd.Function):
                     held.copy_(torch.where(anew, first, held))
                 for held in surprise:
                     held.masked_fill_(anew, 0)
-            weights = total if n else point
+            weights = [retention.weights(t) for t in total] if n else point
             found = teach(memory, bias, x[n], k[n], v[n], None if bound is None else bound[n], gain, weights)
             lessons.append(found.flat())
             after = [[held[n + 1] for held in kind] for kind in befores] if n + 1 < blocks else lasts
@@ -137,13 +141,13 @@ class _Scan(torch.autograd.Function):
         found = Taught.of(memory, flat)
         held = [held for kind in befores for held in kind]
         ctx.save_for_backward(fresh, bound, gain, left, share, pile, *parts, *found.flat(), *held)
-        ctx.memory, ctx.bias, ctx.momentum, ctx.parts = memory, bias, momentum, len(parts)
+        ctx.memory, ctx.bias, ctx.retention, ctx.momentum, ctx.parts = memory, bias, retention, momentum, len(parts)
         return (*found.inputs[1:], *found.slopes, *lasts[0], *lasts[1], *held)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *slopes: Tensor) -> Any:  # type: ignore[override]
-        memory, bias, depth = ctx.memory, ctx.bias, ctx.memory.depth
+        memory, bias, retention, depth = ctx.memory, ctx.bias, ctx.retention, ctx.memory.depth
         fresh, bound, gain, left, share, pile, *rest = ctx.saved_tensors
         parts, rest = rest[: ctx.parts], rest[ctx.parts :]
         lessons = Taught.of(memory, rest)
@@ -171,10 +175,13 @@ class _Scan(torch.autograd.Function):
                     d_here[i] = torch.baddbmm(d_here[i], row, slope.mT, alpha=-1)
                 held[i::depth], d_left = _update_back(pair, left[n], after)
                 by += [*met, d_left]
-            weights = total if n else point
-            d_weights = held[:depth] if n else [torch.zeros_like(t) for t in point]
+            weights = [retention.weights(t) for t in total] if n else point
+            d_weights = held[:depth] if n and retention.linear else [torch.zeros_like(t) for t in point]
             known = None if bound is None else bound[n]
             back = teach_back(memory, bias, lesson, known, gain, weights, d_here, d_said, d_weights)
+            if n and not retention.linear:
+                for mine, slope, at in zip(held, d_weights, total, strict=False):
+                    mine += retention.back(slope, at)
             for mine, slope in zip(held, d_befores, strict=False):
                 mine += slope[n]
             if n and fresh is not None:
@@ -189,7 +196,7 @@ class _Scan(torch.autograd.Function):
         d_gain = None if over is None else gain_slope(lessons, over, answer).sum(0)
         d_left, d_share, d_pile = _gates_back(lessons, by, share)
         return (
-            *[None] * 4, d_x, d_skip, d_value, d_bound, d_gain, d_left, d_share, d_pile, *held, *d_weights, *d_start
+            *[None] * 5, d_x, d_skip, d_value, d_bound, d_gain, d_left, d_share, d_pile, *held, *d_weights, *d_start
         )  # fmt: skip
 
 

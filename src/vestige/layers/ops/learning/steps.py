@@ -11,27 +11,41 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-__all__ = ["FeatureName", "Features", "newton_schulz", "width_of"]
+__all__ = ["FeatureName", "Features", "equaliser", "newton_schulz", "width_of"]
 
 QUINTIC = (3.4445, -4.7750, 2.0315)
+SAFE = 6
 FeatureName = Literal["none", "powers", "polynomial"]
 
 
-def newton_schulz(
-    matrix: Float[Tensor, "... rows columns"], iterations: int, eps: float = 1e-7
-) -> Float[Tensor, "... rows columns"]:
+def newton_schulz(matrix: Float[Tensor, "... rows columns"], iterations: int) -> Float[Tensor, "... rows columns"]:
     """A matrix with its singular values brought near one (between 0.7 and 1.2), by Muon's iteration.
 
     ``X <- a X + (b X X' + c (X X')^2) X``, begun from the matrix over its Frobenius norm. Nothing stays nothing.
     """
+    if matrix.shape[-2] > matrix.shape[-1]:
+        return matrix @ equaliser(matrix.mT @ matrix, iterations)
+    return equaliser(matrix @ matrix.mT, iterations) @ matrix
+
+
+def equaliser(
+    square: Float[Tensor, "... side side"], iterations: int, eps: float = 1e-7
+) -> Float[Tensor, "... side side"]:
+    """What that iteration multiplies a matrix by, from its product with itself: its smaller side is all that is needed.
+
+    Small singular values lose digits, which each iteration doubles and more: beyond a few it takes those of float64.
+    """
     a, b, c = QUINTIC
-    tall = matrix.shape[-2] > matrix.shape[-1]
-    x = matrix.mT if tall else matrix
-    x = x / (x.square().sum((-2, -1), keepdim=True) + eps**2).sqrt()
+    kind = torch.float64 if iterations > SAFE else square.dtype
+    size = square.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None] + eps**2
+    square = (square / size).to(kind)
+    one = torch.eye(square.shape[-1], dtype=kind, device=square.device)
+    found = one
     for _ in range(iterations):
-        gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    return x.mT if tall else x
+        turn = a * one + b * square + c * square @ square
+        found = found @ turn
+        square = square @ turn @ turn
+    return found.to(size.dtype) * size.rsqrt()
 
 
 @dataclass(frozen=True)
