@@ -66,7 +66,7 @@ FORMS: dict[str, list[dict[str, Any]]] = {
 LANGUAGE_FORMS: dict[str, list[dict[str, Any]]] = {
     "finetune": [],
     "joint": [],
-    "replay": [],
+    "replay": [{"ratio": 0.125}],  # as many as new ones: few stored rows are learnt by heart
     "control-llm": [],
     "rehearsal-free": [
         {"head": "softmax"},
