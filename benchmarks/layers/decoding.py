@@ -21,16 +21,17 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from measuring import (
     Clock,
     Sheet,
+    arguments,
     attempt,
     built,
     every_mixer,
+    given,
     grows,
     here,
     mixer_of,
@@ -172,7 +173,7 @@ def whole_model(name: str, batch: int, args: argparse.Namespace) -> dict[str, An
 def models(args: argparse.Namespace, sheet: Sheet, clock: Clock) -> None:
     """Rows of whole models."""
     for batch in args.batches:
-        for name in args.only or every_mixer():
+        for name in (args.only or every_mixer()) if args.blocks else ():
             which = {"what": "model", "mixer": name, "batch": batch, "blocks": args.blocks}
             if clock.over:
                 return
@@ -185,23 +186,16 @@ def models(args: argparse.Namespace, sheet: Sheet, clock: Clock) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser = arguments(__doc__, "seconds in which a mixer is to read the contexts; default: 8")
+    parser.set_defaults(cap=8.0)
     parser.add_argument("--only", nargs="*", default=[], help="mixers, as blocks of a model are named")
     parser.add_argument("--contexts", type=int, nargs="+", default=[1024 << power for power in range(7)])
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--blocks", type=int, default=8, help="of the models")
+    parser.add_argument("--blocks", type=int, default=8, help="of the models; 0: none")
     parser.add_argument("--heads", type=int, default=16)
     parser.add_argument("--dim", type=int, default=128, help="of a head")
     parser.add_argument("--steps", type=int, default=30, help="tokens that are timed")
-    parser.add_argument("--cap", type=float, default=8.0, help="seconds in which a mixer is to read the contexts")
-    parser.add_argument("--threads", type=int, default=2, help="on a CPU")
-    parser.add_argument("--minutes", type=float, help="after which no further row is begun")
-    args = parser.parse_args()
-    torch.manual_seed(0)
-    if args.device == "cpu":
-        torch.set_num_threads(args.threads)
+    args = given(parser)
     sizes = {name: getattr(args, name) for name in ("heads", "dim", "steps")}
     sheet, clock = Sheet(args.out, {**here(args.device, "triton", "fla-core"), **sizes}), Clock(args.minutes)
     for batch in args.batches:

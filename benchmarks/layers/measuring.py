@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import gc
 import importlib
@@ -32,9 +33,11 @@ __all__ = [
     "Clock",
     "Sheet",
     "Watch",
+    "arguments",
     "attempt",
     "built",
     "every_mixer",
+    "given",
     "grows",
     "here",
     "mixer_of",
@@ -50,6 +53,26 @@ __all__ = [
 FORMS = ("titans(refresh=64)", "atlas(by_block=true)", "memora(by_block=true)", "moneta(by_block=true)")
 LONG = 4.0  # seconds; a call that takes longer is not repeated
 WIDE = 64  # heads wider than this make too many features of pairs of channels; powers of channels are taken then
+
+
+def arguments(description: str | None, cap: str) -> argparse.ArgumentParser:
+    """What every script of this folder is told."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument("--cap", type=float, help=cap)
+    parser.add_argument("--threads", type=int, default=2, help="on a CPU")
+    parser.add_argument("--minutes", type=float, help="after which no further row is begun")
+    return parser
+
+
+def given(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """What it was told, and what follows at once: the seed, and the threads."""
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    if args.device == "cpu":
+        torch.set_num_threads(args.threads)
+    return args
 
 
 class Watch:

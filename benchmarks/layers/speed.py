@@ -23,7 +23,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -32,9 +31,11 @@ from measuring import (
     Clock,
     Sheet,
     Watch,
+    arguments,
     attempt,
     built,
     every_mixer,
+    given,
     grows,
     here,
     mixer_of,
@@ -298,9 +299,8 @@ def beside_steps(args: argparse.Namespace, sheet: Sheet, clock: Clock) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser = arguments(__doc__, "seconds after which a call is not repeated; default: 1")
+    parser.set_defaults(cap=1.0)
     parser.add_argument("--compare", choices=["attention", "steps"], default="attention")
     parser.add_argument("--only", nargs="*", default=[], help="mixers, as blocks of a model are named")
     parser.add_argument("--paths", nargs="*", default=[], choices=["own", "kernels", "fla", "ours"])
@@ -310,13 +310,7 @@ def main() -> None:
     parser.add_argument("--dim", type=int, help="of a head; default: 128; 64 with --compare steps")
     parser.add_argument("--steps", type=int, default=32, help="single tokens that are timed")
     parser.add_argument("--repeats", type=int, default=20)
-    parser.add_argument("--cap", type=float, default=1.0, help="seconds after which a call is not repeated")
-    parser.add_argument("--threads", type=int, default=2, help="on a CPU")
-    parser.add_argument("--minutes", type=float, help="after which no further row is begun")
-    args = parser.parse_args()
-    torch.manual_seed(0)
-    if args.device == "cpu":
-        torch.set_num_threads(args.threads)
+    args = given(parser)
     steps = args.compare == "steps"
     args.lengths = args.lengths or ([2048] if steps else [2048, 8192, 32768])
     args.heads, args.dim = args.heads or (8 if steps else 16), args.dim or (64 if steps else 128)

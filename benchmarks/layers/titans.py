@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import Clock, Sheet, Watch, attempt, here, run_whole, still_there
+from measuring import Clock, Sheet, Watch, arguments, attempt, given, here, run_whole, still_there
 from torch import Tensor, nn
 
 from vestige.core.registry import registry
@@ -74,21 +74,14 @@ def forms(args: argparse.Namespace) -> dict[str, tuple[Callable[[int, int], nn.M
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
+    parser = arguments(__doc__, "seconds after which a call is not repeated; default: 2")
+    parser.set_defaults(cap=2.0)
     parser.add_argument("--peer", nargs="+", required=True, help="folders of titans-pytorch and what it needs")
-    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--lengths", type=int, nargs="+")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--refresh", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=10)
-    parser.add_argument("--cap", type=float, default=2.0, help="seconds after which a call is not repeated")
-    parser.add_argument("--threads", type=int, default=2, help="on a CPU")
-    parser.add_argument("--minutes", type=float, help="after which no further row is begun")
-    args = parser.parse_args()
-    torch.manual_seed(0)
-    if args.device == "cpu":
-        torch.set_num_threads(args.threads)
+    args = given(parser)
     packages = ("triton", "titans-pytorch", "tensordict", "assoc-scan")
     compared = forms(args)
     head = {**here(args.device, *packages), "refresh": args.refresh, "batch": args.batch}

@@ -244,11 +244,11 @@ def _point(
     place = torch.arange(1, blocks + 1, device=full[0].device)[:, None]
     ended = place * torch.stack(full)  # type: ignore[arg-type]
     newest = (torch.maximum(ended, (place - 1) * torch.stack(fresh)) if fresh else ended).amax(0)
-    found = []
+    rows, found = torch.arange(len(newest), device=newest.device), []
     for before, after, point in zip(known.total, total, old, strict=True):
         held, at = after, newest.view(-1, *[1] * (point.dim() - 1))
         if blocks > 1:
-            begun = before.unflatten(1, point.shape[:2])[newest.clamp_max(blocks - 1), range(len(newest))]
+            begun = before.unflatten(1, point.shape[:2])[newest.clamp_max(blocks - 1), rows]
             held = torch.where(at == blocks, after, begun)
         found.append(torch.where(at > 0, rule.retention.weights(held), point))
     return found

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from vestige.layers.ops.learning.answers import answer
-from vestige.layers.ops.learning.retentions import Retention
+from vestige.layers.ops.learning.retentions import SMALLEST, Retention
 
 __all__ = ["answer_everywhere"]
 
@@ -54,11 +54,13 @@ class _Everywhere(torch.autograd.Function):
         ctx.retention = retention
         room, found = _Room(), []
         for z, *part in _portions(given):
-            held = _held(room, _gates(*part[-3:]), _told(room, *part[:-3]), part[0].shape[1:])
+            gates, told, shape = _gates(*part[-3:]), _told(room, *part[:-3]), part[0].shape[1:]
             if retention.name == "kl":
+                held = _held(room, gates, told, shape)
                 found.append(_said(retention, z, torch.softmax(held, 2, out=room("weights", held.shape, held))))
             else:
-                found.append(retention.scale(held)[..., 0])
+                _, _, _, norm = _normed(room, retention.power, gates, told, part)
+                found.append(retention.divided(norm))
         return torch.cat(found)
 
     @staticmethod
@@ -67,16 +69,19 @@ class _Everywhere(torch.autograd.Function):
         retention, room, found = ctx.retention, _Room(), []
         for asked, z, *part in _portions((g, *ctx.saved_tensors)):
             gates, told = _gates(*part[-3:]), _told(room, *part[:-3])
-            held = _held(room, gates, told, part[0].shape[1:])
             if retention.name == "kl":
+                held = _held(room, gates, told, part[0].shape[1:])
                 weights = torch.softmax(held, 2, out=room("weights", held.shape, held))
                 said = _said(retention, z, weights)
                 d_z = retention.mass * (weights @ asked[..., None])[..., 0]
                 torch.sub(retention.mass * z[..., None], said[..., None, :], out=held)
-                d_held = held.mul_(weights).mul_(asked[..., None, :])
+                d_held = held.mul_(weights).mul_(asked[..., None, :]).flatten(2)
             else:
-                d_z, d_held = torch.zeros_like(z), retention.scale_back(asked[..., None], held)
-            found.append((d_z, *_held_back(room, part, gates, told, d_held.flatten(2))))
+                small, bent, largest, norm = _normed(room, retention.power, gates, told, part)
+                d_z, power = torch.zeros_like(z), (norm / largest).pow(retention.power)
+                d_norm = retention.divided_back(asked, norm) * norm / (power * largest)
+                d_held = bent.mul_(small).mul_(d_norm)
+            found.append((d_z, *_held_back(room, part, gates, told, d_held)))
         return None, *(None if t[0] is None else torch.cat(t) for t in zip(*found, strict=True))
 
 
@@ -122,6 +127,26 @@ def _held(room: _Room, gates: Tensor, told: Tensor, shape: Sequence[int]) -> Ten
     """A of each slot: ``(memories, slots, inputs, outputs)``."""
     held = room("held", (*gates.shape[:2], told.shape[-1]), told)
     return torch.bmm(gates, told, out=held).unflatten(-1, shape)
+
+
+def _normed(
+    room: _Room, power: float, gates: Tensor, told: Tensor, given: Sequence[Any]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """A of each slot over no less than its largest entry, so that powers do not overflow, the power less two of its
+    size, ``(memories, slots, inputs x outputs)``; that entry; and the norm, ``(memories, slots, 1)``."""
+    total, surprise, inputs, slope, *_ = given
+    peaks = [t.abs().amax((-2, -1))[:, None] for t in (total, surprise) if t is not None]
+    peaks.append(inputs.abs().amax(-1) * slope.abs().amax(-1))
+    largest = (gates.abs() @ torch.cat(peaks, 1)[..., None]).clamp_min(SMALLEST)
+    small = _held(room, gates / largest, told, total.shape[1:]).flatten(2)
+    bent = room("bent", small.shape, small)
+    if power == 4.0:  # products, for a general power takes ten times as long
+        torch.mul(small, small, out=bent)
+        summed = torch.bmm(bent.flatten(0, 1)[:, None], bent.flatten(0, 1)[..., None]).view_as(largest)
+    else:
+        torch.pow(small.abs().clamp_min(SMALLEST), power - 2, out=bent)
+        summed = (bent * small.square()).sum(-1, keepdim=True)
+    return small, bent, largest, largest * summed.pow(1 / power)
 
 
 def _held_back(

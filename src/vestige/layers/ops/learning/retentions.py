@@ -47,21 +47,17 @@ class Retention:
     def scale(self, total: Float[Tensor, "... inputs outputs"]) -> Float[Tensor, "... 1 1"]:
         """What ``q-norm`` multiplies by."""
         largest = self._largest(total)  # powers could overflow
-        norm = largest * _powered((total / largest).abs(), self.power).sum((-2, -1), keepdim=True).pow(1 / self.power)
+        return self.divided(
+            largest * _powered(total / largest, self.power).sum((-2, -1), keepdim=True).pow(1 / self.power)
+        )
+
+    def divided(self, norm: Tensor) -> Tensor:
+        """The same, from the norm."""
         return norm.clamp_min(SMALLEST).pow(2 - self.power)
 
-    def scale_back(
-        self, u: Float[Tensor, "... 1 1"], total: Float[Tensor, "... inputs outputs"]
-    ) -> Float[Tensor, "... inputs outputs"]:
-        """The slope in what is added up of :meth:`scale`, from the slope ``u`` in that."""
-        largest = self._largest(total)
-        small = total / largest
-        steep = self.power >= 2  # below it a power of nothing would be infinite
-        bent = small * _powered(small.abs(), self.power - 2) if steep else small.sgn() * small.abs().pow(self.power - 1)
-        power = (bent * small).sum((-2, -1), keepdim=True)
-        norm = largest * power.pow(1 / self.power)
-        factor = (2 - self.power) * norm.pow(2 - self.power) / (power * largest)
-        return bent.mul_(torch.where(norm > SMALLEST, u * factor, 0))
+    def divided_back(self, u: Tensor, norm: Tensor) -> Tensor:
+        """The slope in the norm of :meth:`divided`, from the slope ``u`` in that."""
+        return torch.where(norm > SMALLEST, (2 - self.power) * u * norm.clamp_min(SMALLEST).pow(1 - self.power), 0)
 
     def back(
         self, u: Float[Tensor, "... inputs outputs"], total: Float[Tensor, "... inputs outputs"]
@@ -71,8 +67,13 @@ class Retention:
             shares = torch.softmax(total, dim=-2)
             return self.mass * shares * (u - (shares * u).sum(-2, keepdim=True))
         if self.name == "q-norm":
-            along = (u * total).sum((-2, -1), keepdim=True)
-            return torch.addcmul(self.scale_back(along, total), u, self.scale(total))
+            largest = self._largest(total)
+            small = total / largest
+            power = _powered(small, self.power).sum((-2, -1), keepdim=True)
+            norm = largest * power.pow(1 / self.power)
+            along = self.divided_back((u * total).sum((-2, -1), keepdim=True), norm) * norm / (power * largest)
+            steep = small * small.abs().clamp_min(SMALLEST).pow(self.power - 2)
+            return torch.addcmul(along * steep, u, self.divided(norm))
         return u
 
     @staticmethod
@@ -80,9 +81,6 @@ class Retention:
         return total.detach().abs().amax((-2, -1), keepdim=True).clamp_min(SMALLEST)
 
 
-def _powered(size: Tensor, power: float) -> Tensor:
-    """A power of what is not negative: products where it is two or four, for others take ten times as long."""
-    if power in (2.0, 4.0):
-        square = size.square()
-        return square if power == 2.0 else square.square()
-    return size.pow(power)
+def _powered(x: Tensor, power: float) -> Tensor:
+    """A power of the size: products where it is four, for a general one takes ten times as long."""
+    return x.square().square() if power == 4.0 else x.abs().pow(power)
