@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from vestige.layers.ops import fla
 from vestige.layers.ops.recurrence import Drive, chunked, recurrence, step
 
 BATCH, LENGTH, HEADS, KEYS, VALUES = 2, 37, 4, 6, 5
@@ -129,3 +130,25 @@ def test_gradcheck():
     decay = (-torch.rand(1, 5, 1, 2, dtype=torch.float64)).requires_grad_()
     beta = torch.rand(1, 5, 1, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda *t: chunked(Drive(*t), chunk=2), (q, k, v, decay, beta))
+
+
+@pytest.mark.parametrize(
+    ("decay", "rate", "hopper", "triton", "version", "wrong"),
+    [
+        ("per token", True, True, (3, 6, 0), (0, 6, 0), True),
+        ("per token", False, True, (3, 6, 0), (0, 6, 0), True),
+        ("per token", True, True, (3, 7, 1), (0, 6, 0), False),
+        ("per token", True, False, (3, 6, 0), (0, 6, 0), False),
+        ("per channel", False, True, (3, 6, 0), (0, 6, 0), False),
+        ("none", True, True, (3, 6, 0), (0, 6, 0), False),
+        ("none", True, True, (3, 6, 0), (0, 5, 1), True),
+        ("none", True, True, (3, 3, 1), (0, 5, 1), False),
+        ("none", False, True, (3, 6, 0), (0, 5, 1), False),
+    ],
+)
+def test_backward_passes_that_would_be_wrong_are_not_asked_for(
+    decay, rate, hopper, triton, version, wrong, monkeypatch
+):
+    monkeypatch.setattr(fla, "_hopper", lambda device: hopper)
+    monkeypatch.setattr(fla, "_version", {"triton": triton, "fla": version}.__getitem__)
+    assert fla._wrong(make(decay, rate)) is wrong

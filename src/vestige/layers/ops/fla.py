@@ -11,7 +11,6 @@ import functools
 import importlib.util
 import warnings
 from collections.abc import Callable
-from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,9 +23,10 @@ if TYPE_CHECKING:
 __all__ = ["fla_recurrence", "serves"]
 
 WIDEST_KEY = 256
-# Versions of triton with which the kernels refuse, on Hopper, the backward pass of a scalar decay given per token:
-# its result would be wrong.
-REFUSED_TRITON = ((3, 4, 0), (3, 7, 1))
+# On Hopper, triton 3.4 and later compile some backward passes wrongly: with versions below the second, that of a scalar
+# decay given per token, which the kernels refuse; and that of the delta rule before this version of the kernels.
+WRONG_TRITON = ((3, 4, 0), (3, 7, 1))
+SOUND_DELTA = (0, 5, 2)
 
 
 def fla_recurrence(
@@ -73,8 +73,7 @@ def serves(drive: Drive) -> bool:
         return False
     if (drive.k.shape[-1] % 2 or drive.v.shape[-1] % 2) and _differentiated(drive):
         return False  # their backward pass wants even sizes
-    by_token = drive.decay is not None and not channelwise and not (drive.beta is None and _fixed(drive.decay))
-    return not (by_token and _differentiated(drive) and _refused(drive.v.device))
+    return not (_differentiated(drive) and _wrong(drive))
 
 
 def _fixed(decay: Tensor | None) -> bool:
@@ -105,14 +104,24 @@ def _kernel(name: str) -> Callable[..., tuple[Tensor, Tensor]]:
     return getattr(importlib.import_module(f"fla.ops.{package}"), function)
 
 
+def _wrong(drive: Drive) -> bool:
+    """Whether the backward pass would be refused, or be wrong."""
+    lowest, beyond = WRONG_TRITON
+    triton = _version("triton")
+    if not _hopper(drive.v.device) or triton < lowest:
+        return False
+    scalar = drive.decay is not None and drive.decay.dim() < 4
+    by_token = scalar and not (drive.beta is None and _fixed(drive.decay))
+    return (by_token and triton < beyond) or (drive.beta is not None and _version("fla") < SOUND_DELTA)
+
+
 @functools.cache
-def _refused(device: torch.device) -> bool:
-    hopper = torch.cuda.get_device_capability(device)[0] == 9
-    lowest, beyond = REFUSED_TRITON
-    return hopper and lowest <= _triton() < beyond
+def _hopper(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device)[0] == 9
 
 
-def _triton() -> tuple[int, ...]:
+@functools.cache
+def _version(package: str) -> tuple[int, ...]:
     from packaging.version import Version
 
-    return Version(metadata.version("triton")).release
+    return Version(importlib.import_module(package).__version__).release
