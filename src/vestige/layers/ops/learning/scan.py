@@ -173,7 +173,7 @@ class _Scan(torch.autograd.Function):
                 for weight, each, row, slope in zip((share, pile), met, told, after, strict=False):
                     d_said[i] = torch.addcmul(d_said[i], weight[n, :, :, None], each, value=-1)
                     d_here[i] = torch.baddbmm(d_here[i], row, slope.mT, alpha=-1)
-                held[i::depth], d_left = _update_back(pair, left[n], after)
+                held[i::depth], d_left = _update_back(pair, left[n], after, [t[n] for t in d_befores[i::depth]])
                 by += [*met, d_left]
             weights = [retention.weights(t) for t in total] if n else point
             d_weights = held[:depth] if n and retention.linear else [torch.zeros_like(t) for t in point]
@@ -182,8 +182,6 @@ class _Scan(torch.autograd.Function):
             if n and not retention.linear:
                 for mine, slope, at in zip(held, d_weights, total, strict=False):
                     mine += retention.back(slope, at)
-            for mine, slope in zip(held, d_befores, strict=False):
-                mine += slope[n]
             if n and fresh is not None:
                 anew = fresh[n, :, None, None]
                 for first, mine in zip(d_start, held, strict=False):
@@ -247,16 +245,21 @@ def _update(
         held.baddbmm_(inputs.mT, weight[..., None] * slope, alpha=-1)
 
 
-def _update_back(before: list[Tensor], left: Tensor, d_after: list[Tensor]) -> tuple[list[Tensor], Tensor]:
-    """The slopes in what a layer held, and in what was left of it: ``(gates, memories)``."""
+def _update_back(
+    before: list[Tensor], left: Tensor, d_after: list[Tensor], beside: list[Tensor]
+) -> tuple[list[Tensor], Tensor]:
+    """The slopes in what a layer held, and in what was left of it: ``(gates, memories)``; ``beside`` are slopes in what
+    it held that come from elsewhere, if there are any."""
     if len(before) == 2 and has_own_kernels(left):
         from vestige.layers.ops.learning.update_triton import update_back_cuda
 
-        return update_back_cuda(before, left, d_after)
+        return update_back_cuda(before, left, d_after, beside)
     gates = left[:, :, None, None]
     pairs = [(0, 0), (0, 1), (1, 1)][: len(left)]
     d_left = torch.stack([(d_after[i] * before[j]).sum((-2, -1)) for i, j in pairs])
     d_before = [gates[0] * d_after[0]]
     if len(before) == 2:
         d_before.append(torch.addcmul(gates[1] * d_after[0], gates[2], d_after[1]))
+    for held, more in zip(d_before, beside, strict=False):
+        held += more
     return d_before, d_left

@@ -58,19 +58,23 @@ def _forward(
 
 @triton.jit
 def _backward(
-    total, surprise, gates, d_new_total, d_new_surprise, d_total, d_surprise, d_gates, memories, height, width,
-    SIDE: tl.constexpr,
+    total, surprise, gates, d_new_total, d_new_surprise, more_total, more_surprise, d_total, d_surprise, d_gates,
+    memories, height, width, SIDE: tl.constexpr, MORE: tl.constexpr,
 ):  # fmt: skip
-    """Of the weights; each program leaves its part of the gates' slopes."""
+    """Of the weights, beside slopes that come from elsewhere; each program leaves its part of the gates' slopes."""
     at = tl.program_id(0).to(tl.int64)
     rows, columns = tl.program_id(1) * SIDE + tl.arange(0, SIDE), tl.program_id(2) * SIDE + tl.arange(0, SIDE)
     a, s = _tile(total, at, rows, height, columns, width), _tile(surprise, at, rows, height, columns, width)
     da = _tile(d_new_total, at, rows, height, columns, width)
     ds = _tile(d_new_surprise, at, rows, height, columns, width)
     here = gates + at
-    _put(d_total, at, rows, height, columns, width, tl.load(here) * da)
-    both = tl.load(here + memories) * da + tl.load(here + 2 * memories) * ds
-    _put(d_surprise, at, rows, height, columns, width, both)
+    here_total = tl.load(here) * da
+    here_surprise = tl.load(here + memories) * da + tl.load(here + 2 * memories) * ds
+    if MORE:
+        here_total += _tile(more_total, at, rows, height, columns, width)
+        here_surprise += _tile(more_surprise, at, rows, height, columns, width)
+    _put(d_total, at, rows, height, columns, width, here_total)
+    _put(d_surprise, at, rows, height, columns, width, here_surprise)
     part = d_gates + (tl.program_id(1) * tl.num_programs(2) + tl.program_id(2)) * 3 * memories + at
     tl.store(part, tl.sum(da * a))
     tl.store(part + memories, tl.sum(da * s))
@@ -103,16 +107,20 @@ def update_cuda(
         )
 
 
-def update_back_cuda(before: list[Tensor], left: Tensor, d_after: list[Tensor]) -> tuple[list[Tensor], Tensor]:
-    """The slopes in A and S before, and in what is left of them, from those in A and S after."""
+def update_back_cuda(
+    before: list[Tensor], left: Tensor, d_after: list[Tensor], beside: list[Tensor]
+) -> tuple[list[Tensor], Tensor]:
+    """The slopes in A and S before, and in what is left of them, from those after; ``beside`` are slopes in A
+    and S before that come from elsewhere, if there are any."""
     total, surprise, left, *d_after = (t.contiguous() for t in (*before, left, *d_after))
+    more = [t.contiguous() for t in beside] or d_after
     d_total, d_surprise = torch.empty_like(total), torch.empty_like(surprise)
     sides = _sides(total)
     d_left = left.new_empty(sides[0] * sides[1], *left.shape)
     with torch.cuda.device_of(total):
         _backward[(len(total), *sides)](
-            total, surprise, left, *d_after, d_total, d_surprise, d_left,
-            len(total), *total.shape[1:], SIDE=SIDE, num_warps=4,
+            total, surprise, left, *d_after, *more, d_total, d_surprise, d_left,
+            len(total), *total.shape[1:], SIDE=SIDE, MORE=bool(beside), num_warps=4,
         )  # fmt: skip
     return [d_total, d_surprise], d_left.sum(0)
 
