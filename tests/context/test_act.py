@@ -76,6 +76,21 @@ def test_sinks_that_the_prompt_showed_hold_while_decoding(model):
         assert all((was != 0).all() for was in before), "the first token was taken for a sink"
 
 
+def test_a_prompt_in_chunks_has_the_sinks_of_the_whole(model):
+    """Rows of unequal length included."""
+    ids = tokens(2, 40)
+    mask = torch.ones_like(ids)
+    mask[1, :7] = 0
+    with ACT(heads=HEADS, alpha=2.0).attach(model) as kept:
+        sinks = []
+        for chunks in ([40], [25, 15], [9, 20, 8, 3]):
+            cache = kept.new_cache()
+            feed(model, ids, chunks, cache, mask)
+            found = [layer.aside["sinks"].sort(-1).values for layer in cache.layers[:1]]  # later ones read otherwise
+            sinks.append([[set(head[head >= 0].tolist()) for head in row] for row in found[0]])
+        assert sinks[0] == sinks[1] == sinks[2] and any(map(any, sinks[0]))
+
+
 def questions(count: int) -> list[Question]:
     drawn = tokens(count, 24, seed=3).tolist()
     return [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from vestige.context.cache import KeptCache
     from vestige.context.policy import Ranking
 
-__all__ = ["EMPTY", "ROOM", "KeptLayer", "Step", "at_slots", "per_row"]
+__all__ = ["EMPTY", "ROOM", "KeptLayer", "Step", "all_at_slots", "at_slots", "per_row"]
 
 EMPTY = -1  # position of a slot that holds no entry
 ROOM = 16  # a cache that grows while decoding is made larger by the 16th part of what it holds, and this many slots
@@ -431,6 +432,16 @@ def per_row(numbers: list[int] | list[float], device: torch.device) -> Any:
 
 def at_slots(tensor: Tensor, slots: Int[Tensor, "batch kv picked"]) -> Tensor:
     """Some entries of ``(batch, kv_heads, slots, ...)``, each copied in one piece where it lies in one."""
+    return all_at_slots((tensor,), slots)[0]
+
+
+def all_at_slots(tensors: Sequence[Tensor], slots: Int[Tensor, "batch kv picked"]) -> list[Tensor]:
+    """The same entries of several tensors; where they lie is worked out once for those laid out alike."""
+    lines: dict[tuple[int, ...], Tensor] = {}
+    return [_at_slots(tensor, slots, lines) for tensor in tensors]
+
+
+def _at_slots(tensor: Tensor, slots: Tensor, lines: dict[tuple[int, ...], Tensor]) -> Tensor:
     if tensor.dim() == 3:
         return tensor.gather(2, slots)
     width, strides = tensor.shape[3:].numel(), tensor.stride()
@@ -440,9 +451,12 @@ def at_slots(tensor: Tensor, slots: Int[Tensor, "batch kv picked"]) -> Tensor:
         return tensor.gather(2, index.expand(*slots.shape, *tensor.shape[3:]))
     row, head, slot = (stride // width for stride in strides[:3])
     batch, heads, held = tensor.shape[:3]
-    lines = tensor.as_strided((1 + (batch - 1) * row + (heads - 1) * head + (held - 1) * slot, width), (width, 1))
-    first = torch.arange(heads, device=tensor.device) * head
-    if batch > 1:
-        first = first + torch.arange(batch, device=tensor.device)[:, None] * row
-    line = slots * slot + first[..., None]
-    return lines.index_select(0, line.flatten()).view(*slots.shape, width)
+    rows = tensor.as_strided((1 + (batch - 1) * row + (heads - 1) * head + (held - 1) * slot, width), (width, 1))
+    line = lines.get((row, head, slot))
+    if line is None:
+        first = torch.arange(heads, device=tensor.device) * head
+        if batch > 1:
+            first = first + torch.arange(batch, device=tensor.device)[:, None] * row
+        line = ((slots if slot == 1 else slots * slot) + first[..., None]).flatten()
+        lines[row, head, slot] = line
+    return rows.index_select(0, line).view(*slots.shape, width)

@@ -130,6 +130,11 @@ class RazorAttention(HeadWindows):
             kept["mean_key"] = keys.new_zeros(*gone.shape[:2], keys.shape[3], dtype=exact)
             kept["mean_value"] = values.new_zeros(*gone.shape[:2], values.shape[3], dtype=exact)
         kept["dropped"] = kept["dropped"] + gone.sum(dim=2)
+        if gone.shape[2] == 1:  # as in a decoding step
+            part = gone / kept["dropped"].clamp_min(1)[..., None]
+            for name, new in (("mean_key", keys), ("mean_value", values)):
+                kept[name] = torch.lerp(kept[name], new[:, :, 0].to(exact), part.to(exact))
+            return
         share = gone.to(exact) / kept["dropped"].clamp_min(1)[..., None]
         before = 1 - share.sum(dim=2, keepdim=True)
         for name, new in (("mean_key", keys), ("mean_value", values)):

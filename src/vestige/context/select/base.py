@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vestige.context.attention import Look, Reading, readable
 from vestige.context.cache import budget_tokens
-from vestige.context.layer import KeptLayer, Step, at_slots, per_row
+from vestige.context.layer import KeptLayer, Step, all_at_slots, at_slots, per_row
 from vestige.context.policy import CachePolicy
 from vestige.core.method import param
 from vestige.errors import SpecError
@@ -71,7 +71,8 @@ class Picked:
     def reading(self, entries: KeptLayer, look: Look, readable: Tensor | None) -> Reading:
         """The picked entries alone, of which a token sees those that are ``readable``."""
         valid = self.exist if readable is None else self.exist & self.of(readable)
-        return Reading(((look.query, self.of(entries.keys)),), self.of(entries.values), valid)
+        keys, values = all_at_slots((entries.keys, entries.values), self.slots)
+        return Reading(((look.query, keys),), values, valid)
 
 
 def strongest(

@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from vestige.context.attention import Look, Reading
-from vestige.context.layer import EMPTY, KeptLayer, Step, at_slots
+from vestige.context.layer import EMPTY, KeptLayer, Step, all_at_slots
 from vestige.context.policy import CachePolicy
 from vestige.context.select.base import Select
 from vestige.core.anatomy import Anatomy
@@ -101,9 +101,9 @@ class LongHeads(Select):
         self._represent(entries, look, step)
         if max(step.real) <= self.chunks * self.chunk:
             return plain()
+        if step.decoding and step.positions is None:  # the token is far into the text, at one place in every row
+            return self._attend_one(entries, look, step)
         text = _Text(entries, look, step)
-        if step.decoding and step.positions is None:  # the token is far into the text in every row
-            return self._attend(entries, text, 0, 1)
         short = text.asked < self.chunks * self.chunk
         outputs = []
         for first, last in self._blocks(entries, short):
@@ -147,6 +147,36 @@ class LongHeads(Select):
         share = logits.transpose(3, 4).flatten(-2).softmax(dim=-1, dtype=exact).nan_to_num()
         output = share.to(values.dtype) @ values.flatten(3, 4)
         return output.transpose(1, 2).flatten(2, 3)
+
+    def _attend_one(self, entries: KeptLayer, look: Look, step: Step) -> Float[Tensor, "batch 1 heads dim"]:
+        """The same for one token that stands at the same place in every row: what goes by its place, which chunks are
+        read in any case, what of its own is there, all turns, is worked out once for all layers."""
+        known = f"here on {look.query.device}"
+        if known not in step.shared:
+            step.shared[known] = _Here(entries, look, step, self.chunks, self.chunk)
+        here: _Here = step.shared[known]
+        rotary, query = entries.cache.rotary, look.query.to(here.exact)
+        back = query
+        if rotary is not None:
+            across = rotary.across(query)
+            back = torch.addcmul(query * here.back[0], across, here.back[1])
+        score = back.to(look.query.dtype) @ entries.aside["chunks"][:, :, 1 : here.own - 1].mT
+        score = score.squeeze(2).unflatten(1, (entries.keys.shape[1], -1)).mean(dim=2)
+        best = score.topk(self.chunks - FORCED, dim=2).indices.sort(dim=2).values + 1
+        chosen = torch.cat([here.first, best, here.last], dim=2)
+
+        rows = grouped(query, entries.keys.shape[1]).transpose(2, 3)
+        if rotary is not None:
+            cosine, sine = (part[here.place - chosen][..., None, :] for part in here.phases)
+            rows = torch.addcmul(rows * cosine, grouped(across, rows.shape[1]).transpose(2, 3), sine)
+        slots = ((chosen * self.chunk)[..., None] + here.inside).flatten(2).clamp_max(entries.slots - 1)
+        keys, values = all_at_slots((entries.keys, entries.values), slots)
+        products = rows.to(keys.dtype) @ keys.unflatten(2, (self.chunks, -1)).mT
+        logits = products.transpose(2, 3).flatten(3)[..., : here.readable] * look.scaling
+        if look.softcap is not None:
+            logits = look.softcap * torch.tanh(logits / look.softcap)
+        share = logits.softmax(dim=3, dtype=here.exact)
+        return (share.to(values.dtype) @ values[:, :, : here.readable]).flatten(1, 2)[:, None]
 
     def _choose(self, entries: KeptLayer, text: _Text, at: _Near) -> Int[Tensor, "batch kv count chunks"]:
         """The chunks that some queries attend to, in the order of the text."""
@@ -213,6 +243,34 @@ class LongHeads(Select):
         if entries.cache.rotary is not None:
             keys = entries.cache.rotary.turn(keys, -start[:, None, None])
         return Reading(((mean, keys),), keys).attend(text.look)[0][:, 0]
+
+
+class _Here:
+    """What goes by the place of one token, the same in all rows and layers.
+
+    Attributes:
+        own: the chunk that it is in.
+        readable: tokens that it attends to: its chunks up to itself.
+        first, last: ``(batch, kv_heads, ...)`` chunks that are read in any case.
+        place: ``(chunks,)`` the chunk that would stand in the text where each of those read is taken to stand.
+        inside: ``(chunk,)`` positions within a chunk.
+        back: the turn of the query back to position 0.
+        phases: turns back by 0, 1, ... chunks.
+    """
+
+    def __init__(self, entries: KeptLayer, look: Look, step: Step, chunks: int, chunk: int) -> None:
+        (batch, kv_heads), device, asked = entries.sizes, look.query.device, step.start
+        self.exact = torch.promote_types(look.query.dtype, torch.float32)
+        self.own = asked // chunk
+        self.readable = (chunks - 1) * chunk + asked - self.own * chunk + 1
+        self.first = torch.zeros(batch, kv_heads, 1, dtype=torch.long, device=device)
+        self.last = torch.tensor([self.own - 1, self.own], device=device).expand(batch, kv_heads, 2)
+        self.place = torch.arange(self.own - chunks + 1, self.own + 1, device=device)
+        self.inside = torch.arange(chunk, device=device)
+        if (rotary := entries.cache.rotary) is not None:
+            like = look.query
+            self.back = rotary.wide_phase(torch.tensor(-asked, device=device), like)
+            self.phases = rotary.wide_phase(-chunk * torch.arange(self.own + 1, device=device), like)
 
 
 class _Near:
@@ -283,7 +341,7 @@ class _Text:
             slots = self.slots[row, slots]
         if rows is None:
             picked = slots.expand(-1, entries.keys.shape[1], *slots.shape[2:]).flatten(2)
-            keys, values = (at_slots(part, picked) for part in (entries.keys, entries.values))
+            keys, values = all_at_slots((entries.keys, entries.values), picked)
             return keys.unflatten(2, slots.shape[2:]), values.unflatten(2, slots.shape[2:])
         head = torch.arange(entries.keys.shape[1], device=positions.device).view(-1, *extra[1:])
         return entries.keys[row, head, slots], entries.values[row, head, slots]

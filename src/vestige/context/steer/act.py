@@ -43,8 +43,9 @@ class ACT(CachePolicy):
 
         o' = beta o_S + (1 + (1 - beta) m / (1 - m)) (o - o_S),
 
-    so beside the plain attention only the columns of the sinks are needed. Each chunk of a prompt finds its sinks by
-    its own queries; tokens decoded after it go by the same sinks, as one query cannot tell a sink.
+    so beside the plain attention only the columns of the sinks are needed. Of a prompt that comes in chunks each one
+    goes by what all its queries so far have looked at: *N* is the tokens so far, and the last chunk has the sinks that
+    the prompt in one piece has. Tokens decoded after it go by the same sinks, as one query cannot tell a sink.
 
     Nothing is learnt. Which heads gain is found by trying them, one at a time, on a few questions: :meth:`fit`.
     """
@@ -143,28 +144,43 @@ class ACT(CachePolicy):
             return self._one(entries, look, step, at) if "sinks" in entries.aside else plain()
         view = _View(entries, look, at)
         own, log_sum, received = view.attend(step)
-        sinks = self._sinks(received, view.positions, step)
-        entries.aside.pop("sinks", None)
+        sinks = self._sinks(entries, received, view.positions, step)
         if sinks is None:
             return plain()
-        entries.aside["sinks"] = sinks
         calibrated = self._chunk(view, sinks, own, log_sum)
         return plain().index_copy(2, at, calibrated.transpose(1, 2).to(look.query.dtype))
 
     def _sinks(
-        self, received: Float[Tensor, "batch heads slots"], positions: Int[Tensor, "batch heads slots"], step: Step
+        self,
+        entries: KeptLayer,
+        received: Float[Tensor, "batch heads slots"],
+        positions: Int[Tensor, "batch heads slots"],
+        step: Step,
     ) -> Int[Tensor, "batch heads sinks"] | None:
-        """Slots of each head's sinks, ``EMPTY`` where it has fewer than another; ``None`` where none has any."""
-        device = received.device
+        """Slots of each head's sinks, ``EMPTY`` where it has fewer than another; ``None`` where none has any.
+
+        What the entries ``received`` from this chunk comes on top of what they had from those before it.
+        """
+        kept, device = entries.aside, received.device
         first = per_row([real - fresh for real, fresh in zip(step.real, step.fresh, strict=True)], device)
-        queries = per_row(step.fresh, device) - (positions - first).clamp_min(0)  # those that see the entry
+        asked = (per_row(step.fresh, device) - (positions - first).clamp_min(0)).expand_as(received)
+        asked = asked.to(received.dtype)  # queries that see the entry
+        if "received" in kept:
+            later = (0, received.shape[2] - kept["received"].shape[2])
+            received, asked = (
+                new + torch.nn.functional.pad(kept[name], later)
+                for name, new in (("received", received), ("asked", asked))
+            )
+        kept["received"], kept["asked"] = received, asked
         least = self.threshold if self.threshold is not None else self.alpha / step.rows(device)
-        found = (received > least * queries) & (positions > 0)
+        found = (received > least * asked) & (positions > 0)
+        kept.pop("sinks", None)
         most = int(found.sum(dim=2).max())
         if most == 0:
             return None
         exist, slots = found.to(torch.uint8).topk(most, dim=2)
-        return slots.masked_fill(exist == 0, EMPTY)
+        kept["sinks"] = slots.masked_fill(exist == 0, EMPTY)
+        return kept["sinks"]
 
     def _one(self, entries: KeptLayer, look: Look, step: Step, at: Tensor) -> Tensor:
         """One token's weights are at hand, and are calibrated themselves."""

@@ -5,8 +5,8 @@ With A the attention of a query head over a prompt of N tokens, token t > 0 is a
     sum over i >= t of A[i, t] / (N - t) > alpha / N   (or a fixed threshold).
 
 In each row, the attention on the sinks is multiplied by beta; what that sets free is shared out among the other tokens
-in proportion to their attention. A chunk of the prompt finds its sinks with its own queries, so that N - t is the
-number of them that see t, and N the number of tokens so far; tokens decoded after it have the same sinks.
+in proportion to their attention. A chunk of the prompt finds its sinks with the queries of all chunks so far, so that
+N is the number of tokens so far; tokens decoded after it have the same sinks, and are not counted.
 """
 
 from __future__ import annotations
@@ -62,14 +62,17 @@ def simulate(
 
     for h in chosen:
         sinks: list[int] = []
+        asked: list[int] = []
+        plain = A[h].clone()
         start = 0
         for number in chunks:
             end = start + number
             if not (number == 1 and start > 0):
                 sinks = []
+                asked += range(start, end)
                 for t in range(1, end):
-                    asking = range(max(start, t), end)
-                    received = sum(float(A[h, i, t]) for i in asking) / len(asking)
+                    asking = [i for i in asked if i >= t]
+                    received = sum(float(plain[i, t]) for i in asking) / max(1, len(asking))
                     if received > (alpha / end if threshold is None else threshold):
                         sinks.append(t)
             for i in range(start, end):
