@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,7 +16,9 @@ from vestige.errors import TrainingError
 __all__ = ["Descent", "descend", "descend_together"]
 
 DECAY, CLIP, WARMUP = 0.1, 1.0, 0.1  # of AdamW; of the gradient's norm; share of the steps
-EAGER = 3  # steps before the capture: kernels are chosen, and the optimiser's tensors made
+EAGER = 2  # steps of a shape before its capture: kernels are chosen, and the optimiser's tensors made
+
+Shapes = tuple[tuple[int, ...], ...]
 
 
 def descend(
@@ -63,19 +67,18 @@ def descend(
 class Descent:
     """The same training, a step at a time and without waiting for it, so that several models can take turns.
 
-    On CUDA a step is captured as a graph after a few, and replayed from then on: a small model is trained many times as
-    fast, as its kernels no longer wait for Python. Where a step cannot be captured, steps run as before.
+    On CUDA a step is captured as a graph after a few, one for each shape of what is drawn, and replayed from then on;
+    kernels of small models then no longer wait for Python. Where a step cannot be captured, steps run as before.
 
     Args:
         model: what is trained, in place; it draws no random numbers.
-        draw: the tensors of one step, of the same shapes in every step, from random numbers on the model's device.
+        draw: the tensors of one step, from random numbers on the model's device; of few different shapes.
         loss: of those tensors.
         steps, rate, seed: as :func:`descend` has them.
         capture: whether to try.
 
     Attributes:
         done: steps that were begun.
-        captured: whether steps are replayed.
     """
 
     def __init__(
@@ -97,9 +100,16 @@ class Descent:
         self.stream = torch.cuda.Stream(self.device) if on_cuda else None
         self.chance = torch.Generator(self.device).manual_seed(seed)
         self.seen = torch.full((steps,), torch.nan, device=self.device)
-        self.wanted, self.captured, self.done = capture and on_cuda, False, 0
+        self.wanted, self.done = capture and on_cuda, 0
+        self.met: Counter[Shapes] = Counter()
+        self.replays: dict[Shapes, _Replay] = {}
         if on_cuda:
             torch.cuda.synchronize(self.device)  # what was made so far, on another stream
+
+    @property
+    def captured(self) -> bool:
+        """Whether steps are replayed."""
+        return bool(self.replays)
 
     def step(self) -> None:
         """Begin one more step.
@@ -112,15 +122,12 @@ class Descent:
         with torch.cuda.stream(self.stream), torch.enable_grad():  # no stream: a context that does nothing
             self._set_rate(self.largest * _share(self.done, self.steps))
             drawn = self.draw(self.chance)
-            if self.wanted and not self.captured and self.done == EAGER:
-                self._capture(drawn)
-            if self.captured:
-                for held, new in zip(self.inputs, drawn, strict=True):
-                    held.copy_(new)
-                self.graph.replay()
-                self.seen[self.done].copy_(self.found)
-            else:
-                self.seen[self.done].copy_(self._work(*drawn))
+            shapes = tuple(tuple(tensor.shape) for tensor in drawn)
+            if self.wanted and shapes not in self.replays and self.met[shapes] == EAGER:
+                self._capture(shapes, drawn)
+            replay = self.replays.get(shapes)
+            self.seen[self.done].copy_(self._work(*drawn) if replay is None else replay(drawn))
+        self.met[shapes] += 1
         self.done += 1
 
     def losses(self) -> list[float]:
@@ -139,7 +146,7 @@ class Descent:
     def _set_rate(self, rate: float) -> None:
         for group in self.optimiser.param_groups:
             if isinstance(group["lr"], Tensor):
-                group["lr"].fill_(rate)  # the one that the graph reads
+                group["lr"].fill_(rate)  # the one that the graphs read
             else:
                 group["lr"] = rate
 
@@ -151,18 +158,35 @@ class Descent:
         self.optimiser.step()
         return found.detach()
 
-    def _capture(self, drawn: Sequence[Tensor]) -> None:
-        self.inputs = [torch.empty_like(tensor, device=self.device).copy_(tensor) for tensor in drawn]
-        self.graph = torch.cuda.CUDAGraph()
+    def _capture(self, shapes: Shapes, drawn: Sequence[Tensor]) -> None:
+        inputs = [torch.empty_like(tensor).copy_(tensor) for tensor in drawn]
+        graph = torch.cuda.CUDAGraph()
         self.optimiser.zero_grad()
+        # Steps of one model never overlap, so that its graphs may share their memory.
+        pool = next((replay.graph.pool() for replay in self.replays.values()), None)
         try:
-            with torch.cuda.graph(self.graph, stream=self.stream):
-                self.found = self._work(*self.inputs)
-            self.captured = True
+            with torch.cuda.graph(graph, pool=pool, stream=self.stream):
+                found = self._work(*inputs)
+            self.replays[shapes] = _Replay(graph, inputs, found)
         except RuntimeError:  # a step that waits for a number, or copies from the host
             self.wanted = False
             self.optimiser.zero_grad()
             torch.cuda.synchronize(self.device)
+
+
+@dataclass(frozen=True)
+class _Replay:
+    """A captured step; called with the tensors of another one, it gives its loss."""
+
+    graph: torch.cuda.CUDAGraph
+    inputs: Sequence[Tensor]
+    found: Tensor
+
+    def __call__(self, drawn: Sequence[Tensor]) -> Tensor:
+        for held, new in zip(self.inputs, drawn, strict=True):
+            held.copy_(new)
+        self.graph.replay()
+        return self.found
 
 
 def descend_together(descents: Sequence[Descent]) -> list[list[float]]:

@@ -61,7 +61,7 @@ class HybridLinearAttention(Study):
     FULL = {  # noqa: RUF012
         **{"mixers": ("gla", "hgrn2", "gated-delta-net"), "ratios": (1, 3, 6, 12), "layers": 13},
         **{"hidden": 64, "length": 64, "pairs": 16, "keys": 32},
-        **{"rows": 32, "texts": 32, "steps": 1000, "rate": 3e-3, "workers": 8, "batch": 64},
+        **{"rows": 64, "texts": 32, "steps": 1000, "rate": 3e-3, "workers": 4, "batch": 64},
     }
 
     mixers: tuple[str, ...] = param(("gla", "gated-delta-net"), "linear attention, by the names of mixers")
@@ -72,10 +72,10 @@ class HybridLinearAttention(Study):
     length: int = param(24, "tokens of each row", ge=8)
     pairs: int = param(8, "pairs of a key and a value in a row of the recall task", ge=1)
     keys: int = param(8, "keys to draw from, and values", ge=2)
-    rows: int = param(8, "rows of the recall task in a step", ge=1)
-    texts: int = param(8, "rows of text in a step", ge=1)
-    steps: int = param(450, "steps of the training", ge=1)
-    rate: float = param(8e-3, "largest step size", gt=0)
+    rows: int = param(24, "rows of the recall task in a step", ge=1)
+    texts: int = param(4, "rows of text in a step", ge=1)
+    steps: int = param(220, "steps of the training", ge=1)
+    rate: float = param(1e-2, "largest step size", gt=0)
     workers: int = param(2, "models that are trained at once, each in a process of its own where there are more", ge=1)
     asked: int = param(128, "rows of either kind that each model is asked", ge=1)
 
