@@ -66,14 +66,14 @@ FORMS: dict[str, list[dict[str, Any]]] = {"ssd": [{"estimator": "per-example"}]}
 STEPPED = {"epochs": 10, "check_every": 2, "target": 0.75, "tolerance": 0.25}
 RATES = [{"learning_rate": rate} for rate in (1e-5, 3e-6, 3e-5, 1e-4)]
 GRIDS: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
+    "iau": ({"tolerance": 0.25}, [{"step": step} for step in (1e-5, 3e-6, 3e-5, 1e-4, 2e-4, 3e-4)]),
+    "gs-lora": (STEPPED, [{"learning_rate": rate} for rate in (1e-3, 3e-4, 3e-3, 1e-2, 3e-2, 1e-1)]),
     "npo": (STEPPED, RATES),
     "gradient-ascent": (STEPPED, RATES),
     "random-label-forgetting": (STEPPED, RATES),
     "salun": ({}, [{"eraser": {"name": "random-label-forgetting", **STEPPED, **rate}} for rate in RATES]),
     # How much is selected, and how far it shrinks; the share that alpha is chosen by was looked at with classifiers.
     "ssd": ({}, [{"dampening": 1.0}, *({"alpha": alpha, "dampening": 1.0} for alpha in (10, 100)), {"dampening": 0.1}]),
-    "iau": ({"tolerance": 0.25}, [{"step": step} for step in (1e-5, 3e-6, 3e-5, 1e-4, 2e-4, 3e-4)]),
-    "gs-lora": (STEPPED, [{"learning_rate": rate} for rate in (1e-3, 3e-4, 3e-3, 1e-2, 3e-2, 1e-1)]),
 }
 # By which a result is held against the model trained again.
 COMPARED = ("forget accuracy", "paraphrases accuracy", "retain accuracy", "unseen accuracy")

@@ -9,14 +9,25 @@ import torch
 from torch import Tensor
 
 from vestige.evidence.data.text import passage, read_source
+from vestige.evidence.runs.models import build, tokenizer_of
 from vestige.evidence.runs.retain import stream_of
 from vestige.evidence.runs.sources import Examples, Row, Sets, chosen, encoded, examples
-from vestige.evidence.runs.spec import Data
+from vestige.evidence.runs.spec import Data, Model
 from vestige.models.hub import load
 from vestige.weights.retain import Stream
 from vestige.weights.retain.padding import PadTokens
 
-__all__ = ["DOMAINS", "GENERAL", "Language", "domains", "fact_stream", "facts_to_forget", "general_text", "smollm2"]
+__all__ = [
+    "DOMAINS",
+    "GENERAL",
+    "Language",
+    "domains",
+    "fact_stream",
+    "facts_to_forget",
+    "general_text",
+    "new_small",
+    "smollm2",
+]
 
 DOMAINS = {"speeches": "sotu", "Python": "code", "glosses": "wordnet"}
 GENERAL = "moby-dick"
@@ -41,6 +52,13 @@ def smollm2(device: str) -> Language:
     """SmolLM2-135M-Instruct with weights in float32, in which small steps add up."""
     torch.set_float32_matmul_precision("high")
     return Language(*load("smollm2", dtype="float32", device=device))
+
+
+def new_small(device: str, seed: int) -> Language:
+    """A new model of bytes, of half a million weights, that knows nothing yet."""
+    sizes = Model(new={"num_hidden_layers": 3}, seed=seed)
+    tokenizer = tokenizer_of(sizes)
+    return Language(build(sizes, Examples("text", [], []), tokenizer).to(device), tokenizer)
 
 
 def blocks(tokenizer: Any, source: str, count: int, seed: int, length: int = LENGTH) -> list[dict[str, Tensor]]:

@@ -22,6 +22,11 @@ LANGUAGE = {
         "likelihood of a token at the end",
         lambda score: f"{math.exp(score):.2f}",
     ),
+    "facts-small": (
+        "The same of fewer, a small model of bytes",
+        "likelihood of a byte at the end",
+        lambda score: f"{math.exp(score):.2f}",
+    ),
 }
 DATA = {"digits": "digits", "fashion-mnist": "Fashion-MNIST", "facts": "SmolLM2"}
 TASKS = {"class": "one class", "random": "a hundred rows at random", "elements": "twelve chemical elements"}
