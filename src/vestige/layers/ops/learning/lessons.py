@@ -7,7 +7,7 @@ is matrix products and a few small steps, without a graph of its own.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -43,18 +43,16 @@ class Taught:
 
     def flat(self) -> list[Tensor]:
         """All of it, in order."""
-        return [tensor for field in fields(self) for tensor in getattr(self, field.name)]
-
-    def block(self, n: int) -> Taught:
-        """One of several that are stacked."""
-        return Taught(*([t[n] for t in getattr(self, field.name)] for field in fields(self)))
+        return [
+            *self.inputs, *self.slopes, *self.outputs, *self.before, *self.error, *self.slope, *self.moments
+        ]  # fmt: skip
 
     @classmethod
     def of(cls, memory: Perceptron, tensors: Sequence[Tensor]) -> Taught:
         """The same again."""
-        rest = iter(tensors)
-        counts = {"before": memory.depth - 1, "error": 1, "slope": 1, "moments": 2 * memory.residual}
-        return cls(**{f.name: [next(rest) for _ in range(counts.get(f.name, memory.depth))] for f in fields(cls)})
+        rest, depth = iter(tensors), memory.depth
+        counts = (depth, depth, depth, depth - 1, 1, 1, 2 * memory.residual)
+        return cls(*([next(rest) for _ in range(count)] for count in counts))
 
 
 @dataclass(frozen=True)

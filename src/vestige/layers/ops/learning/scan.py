@@ -118,31 +118,33 @@ class _Scan(torch.autograd.Function):
             [torch.empty_like(t, memory_format=torch.contiguous_format) for t in kind] for kind in (total, surprise)
         ]
         for kind, given in zip(befores, (total, surprise), strict=False):
-            for held, part in zip(kind, given, strict=True):
-                held[0] = part
+            for room, part in zip(kind, given, strict=True):
+                room[0] = part
         lessons = []
-        for n in range(blocks):
-            if befores:
-                total, surprise = ([held[n] for held in kind] for kind in befores)
+        told = zip(*(_unbound(t, blocks) for t in (x, k, v, bound, left, share, pile)), strict=True)
+        held = [[t.unbind(0) for t in kind] for kind in befores]
+        for n, (x_, k_, v_, bound_, left_, share_, pile_) in enumerate(told):
+            if held:
+                total, surprise = ([t[n] for t in kind] for kind in held)
             if n and fresh is not None:
                 anew = fresh[n, :, None, None]
-                for held, first in zip(total, start, strict=True):
-                    held.copy_(torch.where(anew, first, held))
-                for held in surprise:
-                    held.masked_fill_(anew, 0)
+                for part, first in zip(total, start, strict=True):
+                    part.copy_(torch.where(anew, first, part))
+                for part in surprise:
+                    part.masked_fill_(anew, 0)
             weights = [retention.weights(t) for t in total] if n else point
-            found = teach(memory, bias, x[n], k[n], v[n], None if bound is None else bound[n], gain, weights)
+            found = teach(memory, bias, x_, k_, v_, bound_, gain, weights)
             lessons.append(found.flat())
-            after = [[held[n + 1] for held in kind] for kind in befores] if n + 1 < blocks else lasts
+            after = [[t[n + 1] for t in kind] for kind in held] if n + 1 < blocks else lasts
             for i in layers:
                 before, to = ([kind[i] for kind in kinds if kind] for kinds in ((total, surprise), after))
-                _update(before, found.inputs[i], found.slopes[i], left[n], share[n], pile[n], to)
+                _update(before, found.inputs[i], found.slopes[i], left_, share_, pile_, to)
         flat = [torch.stack(column) if blocks > 1 else column[0][None] for column in zip(*lessons, strict=True)]
         found = Taught.of(memory, flat)
-        held = [held for kind in befores for held in kind]
-        ctx.save_for_backward(fresh, bound, gain, left, share, pile, *parts, *found.flat(), *held)
+        begun = [t for kind in befores for t in kind]
+        ctx.save_for_backward(fresh, bound, gain, left, share, pile, *parts, *found.flat(), *begun)
         ctx.memory, ctx.bias, ctx.retention, ctx.momentum, ctx.parts = memory, bias, retention, momentum, len(parts)
-        return (*found.inputs[1:], *found.slopes, *lasts[0], *lasts[1], *held)
+        return (*found.inputs[1:], *found.slopes, *lasts[0], *lasts[1], *begun)
 
     @staticmethod
     @once_differentiable
@@ -153,32 +155,36 @@ class _Scan(torch.autograd.Function):
         lessons = Taught.of(memory, rest)
         befores = rest[len(lessons.flat()) :]
         total, surprise, point, start = _split(parts, depth, ctx.momentum)
-        d_inputs, d_slopes, slopes = slopes[: depth - 1], slopes[depth - 1 : 2 * depth - 1], slopes[2 * depth - 1 :]
-        held = list(slopes[: depth + len(surprise)])
-        d_befores = slopes[len(held) :]
+        blocks, kinds = len(share), 1 + ctx.momentum
+        held = list(slopes[2 * depth - 1 :][: kinds * depth])
+        d_befores = [t.unbind(0) for t in slopes[2 * depth - 1 + len(held) :]]
+        d_inputs = [torch.zeros_like(lessons.inputs[0][:1]).expand_as(lessons.inputs[0]), *slopes[: depth - 1]]
+        d_inputs, d_slopes = ([t.unbind(0) for t in some] for some in (d_inputs, slopes[depth - 1 : 2 * depth - 1]))
+        shares = [t[..., None] for t in (share, pile)[:kinds]]
+        told = [[(t * slope).unbind(0) for t in shares] for slope in lessons.slopes]
+        each = zip(*(_unbound(t, blocks) for t in (bound, left, *shares, *lessons.flat())), strict=True)
+        befores = [t.unbind(0) for t in befores]
         d_start = [torch.zeros_like(first) for first in start]
         d_weights: list[Tensor] = []
         kept: list[list[Tensor | None]] = []
-        for n in range(len(share) - 1, -1, -1):
+        for n, (bound_, left_, *rest) in reversed(list(enumerate(each))):
             if befores:
                 total, surprise = _halves([t[n] for t in befores], depth)
-            lesson = lessons.block(n)
-            d_here, d_said = [torch.zeros_like(lesson.inputs[0]), *(t[n] for t in d_inputs)], [t[n] for t in d_slopes]
+            weigh, lesson = rest[:kinds], Taught.of(memory, rest[kinds:])
+            d_here, d_said = [t[n] for t in d_inputs], [t[n] for t in d_slopes]
             by = []
             for i in range(depth):
                 pair = [kind[i] for kind in (total, surprise) if kind]
                 after = held[i::depth]
-                told = [t[n, :, :, None] * lesson.slopes[i] for t, _ in zip((share, pile), pair, strict=False)]
                 met = [torch.bmm(lesson.inputs[i], t) for t in after]
-                for weight, each, row, slope in zip((share, pile), met, told, after, strict=False):
-                    d_said[i] = torch.addcmul(d_said[i], weight[n, :, :, None], each, value=-1)
-                    d_here[i] = torch.baddbmm(d_here[i], row, slope.mT, alpha=-1)
-                held[i::depth], d_left = _update_back(pair, left[n], after, [t[n] for t in d_befores[i::depth]])
+                for weight, seen, row, slope in zip(weigh, met, told[i], after, strict=True):
+                    d_said[i] = torch.addcmul(d_said[i], weight, seen, value=-1)
+                    d_here[i] = torch.baddbmm(d_here[i], row[n], slope.mT, alpha=-1)
+                held[i::depth], d_left = _update_back(pair, left_, after, [t[n] for t in d_befores[i::depth]])
                 by += [*met, d_left]
             weights = [retention.weights(t) for t in total] if n else point
             d_weights = held[:depth] if n and retention.linear else [torch.zeros_like(t) for t in point]
-            known = None if bound is None else bound[n]
-            back = teach_back(memory, bias, lesson, known, gain, weights, d_here, d_said, d_weights)
+            back = teach_back(memory, bias, lesson, bound_, gain, weights, d_here, d_said, d_weights)
             if n and not retention.linear:
                 for mine, slope, at in zip(held, d_weights, total, strict=False):
                     mine += retention.back(slope, at)
@@ -202,7 +208,7 @@ def _gates_back(lessons: Taught, by: list[Any], share: Tensor) -> tuple[Tensor, 
     """Slopes in what is left, and in the shares of rows: sums over layers."""
     depth = len(lessons.slopes)
     width = len(by) // depth
-    d_left = sum(by[width - 1 :: width])
+    d_left = sum(part.sum(1) for part in by[width - 1 :: width])
     found = []
     for kind in range(2):
         met = by[kind::width] if kind < width - 1 else []
@@ -215,6 +221,11 @@ def _split(parts: Sequence[Tensor], depth: int, momentum: bool) -> list[list[Ten
     """Totals, surprises, points and starts, by layer; there may be no surprises and no starts."""
     ends = [depth, depth + depth * momentum, 2 * depth + depth * momentum]
     return [list(parts[a:b]) for a, b in zip([0, *ends], [*ends, len(parts)], strict=True)]
+
+
+def _unbound(tensor: Tensor | None, count: int) -> Sequence[Tensor | None]:
+    """What there is for each block: views that are made all at once."""
+    return [None] * count if tensor is None else tensor.unbind(0)
 
 
 def _halves(parts: list[Tensor], depth: int) -> tuple[list[Tensor], list[Tensor]]:
@@ -248,8 +259,8 @@ def _update(
 def _update_back(
     before: list[Tensor], left: Tensor, d_after: list[Tensor], beside: list[Tensor]
 ) -> tuple[list[Tensor], Tensor]:
-    """The slopes in what a layer held, and in what was left of it: ``(gates, memories)``; ``beside`` are slopes in what
-    it held that come from elsewhere, if there are any."""
+    """The slopes in what a layer held, and in what was left of it: ``(parts, gates, memories)``, to be added up;
+    ``beside`` are slopes in what it held that come from elsewhere, if there are any."""
     if len(before) == 2 and has_own_kernels(left):
         from vestige.layers.ops.learning.update_triton import update_back_cuda
 
@@ -262,4 +273,4 @@ def _update_back(
         d_before.append(torch.addcmul(gates[1] * d_after[0], gates[2], d_after[1]))
     for held, more in zip(d_before, beside, strict=False):
         held += more
-    return d_before, d_left
+    return d_before, d_left[None]

@@ -111,7 +111,7 @@ def update_back_cuda(
     before: list[Tensor], left: Tensor, d_after: list[Tensor], beside: list[Tensor]
 ) -> tuple[list[Tensor], Tensor]:
     """The slopes in A and S before, and in what is left of them, from those after; ``beside`` are slopes in A
-    and S before that come from elsewhere, if there are any."""
+    and S before that come from elsewhere, if there are any. Those in what is left are in parts, to be added up."""
     total, surprise, left, *d_after = (t.contiguous() for t in (*before, left, *d_after))
     more = [t.contiguous() for t in beside] or d_after
     d_total, d_surprise = torch.empty_like(total), torch.empty_like(surprise)
@@ -122,7 +122,7 @@ def update_back_cuda(
             total, surprise, left, *d_after, *more, d_total, d_surprise, d_left,
             len(total), *total.shape[1:], SIDE=SIDE, MORE=bool(beside), num_warps=4,
         )  # fmt: skip
-    return [d_total, d_surprise], d_left.sum(0)
+    return [d_total, d_surprise], d_left
 
 
 def _sides(total: Tensor) -> tuple[int, int]:
