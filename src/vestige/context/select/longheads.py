@@ -167,7 +167,8 @@ class LongHeads(Select):
 
         rows = grouped(query, entries.keys.shape[1]).transpose(2, 3)
         if rotary is not None:
-            cosine, sine = (part[here.place - chosen][..., None, :] for part in here.phases)
+            phase = here.phases.index_select(0, (here.place - chosen).flatten()).unflatten(0, (*chosen.shape, 1))
+            cosine, sine = phase.chunk(2, dim=-1)
             rows = torch.addcmul(rows * cosine, grouped(across, rows.shape[1]).transpose(2, 3), sine)
         slots = ((chosen * self.chunk)[..., None] + here.inside).flatten(2).clamp_max(entries.slots - 1)
         keys, values = all_at_slots((entries.keys, entries.values), slots)
@@ -255,7 +256,7 @@ class _Here:
         place: ``(chunks,)`` the chunk that would stand in the text where each of those read is taken to stand.
         inside: ``(chunk,)`` positions within a chunk.
         back: the turn of the query back to position 0.
-        phases: turns back by 0, 1, ... chunks.
+        phases: ``(own + 1, 2 * dim)`` turns back by 0, 1, ... chunks, cosines and sines.
     """
 
     def __init__(self, entries: KeptLayer, look: Look, step: Step, chunks: int, chunk: int) -> None:
@@ -270,7 +271,8 @@ class _Here:
         if (rotary := entries.cache.rotary) is not None:
             like = look.query
             self.back = rotary.wide_phase(torch.tensor(-asked, device=device), like)
-            self.phases = rotary.wide_phase(-chunk * torch.arange(self.own + 1, device=device), like)
+            every = -chunk * torch.arange(self.own + 1, device=device)
+            self.phases = torch.cat(rotary.wide_phase(every, like), dim=-1)
 
 
 class _Near:

@@ -139,9 +139,9 @@ class ACT(CachePolicy):
         heads = self.heads_of(entries.index, len(entries.cache.layers), look.query.shape[1])
         if not heads:
             return plain()
-        at = torch.tensor(heads, device=look.query.device)
         if step.decoding:
-            return self._one(entries, look, step, at) if "sinks" in entries.aside else plain()
+            return self._one(entries, look, step, heads) if "sinks" in entries.aside else plain()
+        at = torch.tensor(heads, device=look.query.device)
         view = _View(entries, look, at)
         own, log_sum, received = view.attend(step)
         sinks = self._sinks(entries, received, view.positions, step)
@@ -182,19 +182,23 @@ class ACT(CachePolicy):
         kept["sinks"] = slots.masked_fill(exist == 0, EMPTY)
         return kept["sinks"]
 
-    def _one(self, entries: KeptLayer, look: Look, step: Step, at: Tensor) -> Tensor:
+    def _one(self, entries: KeptLayer, look: Look, step: Step, heads: list[int]) -> Tensor:
         """One token's weights are at hand, and are calibrated themselves."""
         reading, sinks = everything(entries, look, step), entries.aside["sinks"]
         share = reading.weights(look)
-        rows = share.flatten(1, 2)[:, at, 0]
+        rows = share.flatten(1, 3)
+        some = None if len(heads) == rows.shape[1] else torch.tensor(heads, device=rows.device)
+        if some is not None:
+            rows = rows[:, some]
         columns, exist = sinks.clamp_min(0), sinks != EMPTY
         on_sinks = rows.gather(2, columns)
         mass = (on_sinks * exist).sum(dim=2, keepdim=True)
         raised = rows * self._raise(mass)
         # The slot in the place of a sink that a head lacks is the first, which is nobody's sink: it stays as it is.
         raised.scatter_(2, columns, torch.where(exist, self.beta * on_sinks, raised.gather(2, columns)))
-        by_head = share.flatten(1, 2).index_copy(1, at, raised[:, :, None])
-        return reading.mix(by_head.view_as(share))
+        if some is not None:
+            raised = share.flatten(1, 3).index_copy(1, some, raised)
+        return reading.mix(raised.view_as(share))
 
     def _chunk(
         self, view: _View, sinks: Tensor, output: Float[Tensor, "batch heads count dim"], log_sum: Tensor
