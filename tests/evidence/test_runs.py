@@ -108,6 +108,8 @@ def test_learners_on_a_stream_go_on_where_they_were(tmp_path, capsys):
     assert list(again.table().index) == ["finetune", "replay"]
     with pytest.raises(SpecError, match="experiences"):
         run_retention({**spec, "out": str(tmp_path / "other"), "experiences": "topic"})
+    with pytest.raises(SpecError, match="blur"):
+        run_retention({**spec, "out": str(tmp_path / "other"), "blur": 1.5})
     with pytest.raises(SpecError, match="train"):
         run_retention({**spec, "out": str(tmp_path / "other"), "train": {"epochs": 3}})
 

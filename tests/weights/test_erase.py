@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch.utils.data import TensorDataset
@@ -81,6 +83,24 @@ def test_frozen_weights_stay_and_a_frozen_model_is_refused():
     assert changed and not set(changed) & set(frozen)
     with pytest.raises(UnsupportedModelError, match="require gradients"):
         SSD().erase(vit().requires_grad_(False), **split())
+
+
+@pytest.mark.parametrize("eraser", [NPO(epochs=1, tolerance=None, target=None), SSD(), IAU()], ids=lambda e: e.name)
+def test_an_adapter_of_peft_learns_to_forget_and_the_model_below_stays(eraser):
+    from peft import LoraConfig, get_peft_model
+
+    draw = torch.Generator().manual_seed(0)
+    model, rows = (
+        copy.deepcopy(tiny_model("llama")),
+        [{"input_ids": torch.randint(3, 60, (9,), generator=draw)} for _ in range(8)],
+    )
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "up_proj"], init_lora_weights=False))
+    before = state(adapted)
+    trace = eraser.erase(adapted, forget=rows[:2], retain=rows[2:])
+    changed = [name for name, value in state(adapted).items() if not torch.equal(value, before[name])]
+    assert changed and all("lora" in name for name in changed)
+    trace.undo()
+    assert all(torch.equal(value, before[name]) for name, value in state(adapted).items())
 
 
 def test_an_encoder_decoder_is_refused():

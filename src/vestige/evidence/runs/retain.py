@@ -85,7 +85,7 @@ def run_retention(
         labels = [f"{label} {n}" for n, label in enumerate(labels, 1)]
     found = examples(spec.data)
     tokenizer = tokenizer_of(spec.model) if found.kind == "text" else None
-    stream, collator = stream_of(found, spec.experiences, spec.kind, tokenizer)
+    stream, collator = stream_of(found, spec.experiences, spec.kind, tokenizer, spec.blur)
     general = general_of(found, tokenizer)
     write_whole(spec.out / "retention.yaml", yaml.safe_dump(json.loads(spec.model_dump_json()), sort_keys=False))
     ledger = Ledger(spec.out / "ledger.jsonl")
@@ -136,7 +136,7 @@ def general_of(found: Examples, tokenizer: Any) -> list[Any]:
     return list(found.test) if found.kind == "images" else [encoded(tokenizer)(r, "question") for r in found.test]
 
 
-def stream_of(found: Examples, experiences: Any, kind: Any, tokenizer: Any) -> tuple[Stream, Any]:
+def stream_of(found: Examples, experiences: Any, kind: Any, tokenizer: Any, blur: float = 0.0) -> tuple[Stream, Any]:
     """A stream of examples, and what puts its rows together (``None``: the usual).
 
     Raises:
@@ -145,7 +145,9 @@ def stream_of(found: Examples, experiences: Any, kind: Any, tokenizer: Any) -> t
     if found.kind == "images":
         if isinstance(experiences, str):
             raise SpecError(f"field 'experiences' is {experiences!r}; allowed for images: a number, or classes")
-        return Stream.by_class(found.train, found.test, experiences=experiences, kind=kind), None
+        return Stream.by_class(found.train, found.test, experiences=experiences, kind=kind, blur=blur), None
+    if blur:
+        raise SpecError(f"field 'blur' is {blur}; allowed for questions: 0, as theirs are split by what is asked")
     if not isinstance(experiences, str):
         raise SpecError(f"field 'experiences' is {experiences!r}; allowed for questions: the name of a column")
     column = experiences

@@ -134,6 +134,7 @@ class Retaining(_Part):
         experiences: how many, of equally many classes each; or the classes of each; or the column by whose values a
             stream of questions is split.
         kind: of a stream of images: ``class`` or ``task``.
+        blur: share of each experience's images that change places with other experiences', 0 to 1.
         model: what learns; every learner begins with it.
         learners: their specs, one after the other; what one is beside another is the point of the table.
         train: fields of transformers' ``TrainingArguments``.
@@ -144,6 +145,7 @@ class Retaining(_Part):
     data: Data
     experiences: int | list[list[int]] | str
     kind: Literal["class", "task"] = "class"
+    blur: float = pydantic.Field(0.0, ge=0, le=1)
     model: Model
     learners: list[dict[str, Any] | str] = pydantic.Field(min_length=1)
     train: dict[str, Any] = {}

@@ -152,7 +152,8 @@ class Eraser(Method):
     ) -> Trace:
         """Change the model's weights in place so that it is as if it had never seen ``forget``.
 
-        Only weights that require gradients change. Whatever goes wrong, the model is then as it was.
+        Only weights that require gradients change: of a model with a PEFT adapter the adapter alone, which can be
+        saved and switched off. Whatever goes wrong, the model is then as it was.
 
         Args:
             model: a classifier of rows or of tokens, or a causal language model, whose outputs have ``logits``.
