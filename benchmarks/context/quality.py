@@ -5,8 +5,9 @@
 Three tasks at four lengths, three budgets, five seeds: a needle, a needle among others of its kind (both asked only
 after the cache is cut), and the perplexity of the next 256 tokens of a long text. One pass over a text serves all
 policies that read as the model does, at all budgets. Policies that read few entries while decoding answer token by
-token, all others in one piece. Plans by windows keep as much as the budgets on the mean over heads; those that round or
-thin out entries stand beside with the bytes they hold; bytes are counted as if keys and values had 16 bits.
+token, all others in one piece; one that drops entries only while decoding reads the text itself token by token. Plans
+by windows keep as much as the budgets on the mean over heads; those that round or thin out entries stand beside with
+the bytes they hold; bytes are counted as if keys and values had 16 bits.
 
 One row for each policy, budget, task, length and seed, which says on what machine it came to be. Rows are kept as they
 come: an interrupted run goes on where it was, the shorter texts first. Several runs may write into one file at once,
@@ -39,6 +40,7 @@ from vestige.evidence.tasks.needle import Needle, NeedlePrompt, context_batch, r
 
 SCORES = ("streaming-llm", "h2o", "a2sf", "snapkv", "tova", "knorm", "expected-attention")
 PLANS = (("pyramid", "snapkv"), ("adaptive", "snapkv"), ("adaptive", "a2sf"))
+BY_TOKEN = "lazy-eviction"
 READERS = ("recycled-attention", "tidal-decode", "longheads")
 SHARES = (0.5, 0.25, 0.1)
 TASKS = ("needle", "perplexity", "multi-key needle")
@@ -88,6 +90,9 @@ def contenders(length: int, alone: bool) -> Iterator[Contender]:
     for bits in (4, 2):
         yield Contender(f"quantised-cache, {bits} bits", vestige.method("quantised-cache", bits=bits))
     yield Contender("act", vestige.method("act"))
+    for share in SHARES:
+        budget = int(share * length)
+        yield from _possible(BY_TOKEN, budget, BY_TOKEN, budget=budget, lag=min(128, budget // 2))
 
 
 def _possible(label: str, limit: int, method: str, **parameters: Any) -> Iterator[Contender]:
@@ -154,6 +159,14 @@ class Grid:
         own = {"depths": DEPTHS} if text is None else {"text": zlib.crc32(repr(text.tolist()).encode())}
         about = {"name": task, "length": length, **own}
         by_policy: dict[CachePolicy, list[Contender]] = {}
+        for one in [one for one in missing if one.name == BY_TOKEN]:
+            missing.remove(one)
+            with one.policy.attach(self.model) as kept:
+                cache = kept.new_cache()
+                for token in ids.split(1, dim=1):
+                    self.model(token, past_key_values=cache, logits_to_keep=1)
+                cache.frozen = True
+                self._score(one, cache, prompts, text, about, length, seed)
         for one in missing:  # what differs by its budget alone shares a pass
             once = one.policy.replace(when="prefill") if hasattr(one.policy, "when") else one.policy
             by_policy.setdefault(once.with_budget(1.0) if evicts(once) else once, []).append(one)
@@ -164,16 +177,29 @@ class Grid:
                         ((place, one) for one in by_policy[policy]) for place, policy in enumerate(group)
                     ):
                         cache = reading.cache(place, one.budget if evicts(one.policy) else None)
-                        held = sixteen_bit_bytes(cache) // len(ids)
-                        if text is not None:
-                            score = perplexity(self.model, text, cache)
-                        elif isinstance(one.policy, Select):
-                            score = sum(answer_in_steps(self.model, prompts, cache)) / len(prompts)
-                        else:
-                            score = sum(recital.found for recital in recite(self.model, prompts, cache)) / len(prompts)
-                        self._store(one, about, length, seed, held, score)
+                        self._score(one, cache, prompts, text, about, length, seed)
             except SpecError as error:  # a plan that was fitted on another model
                 print(f"left out: {error}")
+
+    def _score(
+        self,
+        one: Contender,
+        cache: KeptCache,
+        prompts: list[NeedlePrompt],
+        text: torch.Tensor | None,
+        about: dict[str, Any],
+        length: int,
+        seed: int,
+    ) -> None:
+        """Ask what the cache still knows: of the prompts, or of the text that goes on."""
+        held = sixteen_bit_bytes(cache) // (1 if text is not None else len(prompts))
+        if text is not None:
+            score = perplexity(self.model, text, cache)
+        elif isinstance(one.policy, Select):
+            score = sum(answer_in_steps(self.model, prompts, cache)) / len(prompts)
+        else:
+            score = sum(recital.found for recital in recite(self.model, prompts, cache)) / len(prompts)
+        self._store(one, about, length, seed, held, score)
 
     def _store(self, one: Contender, about: dict[str, Any], length: int, seed: int, held: int, score: float) -> None:
         task = about["name"]
@@ -199,6 +225,7 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="*", default=[512, 1024, 2048, 4096])
     parser.add_argument("--tasks", nargs="*", default=TASKS, choices=TASKS)
     parser.add_argument("--seeds", type=int, nargs="+", default=list(range(5)))
+    parser.add_argument("--policies", nargs="+", help="names as the rows have them; default: all")
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="after which nothing new is begun")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -208,7 +235,7 @@ def main() -> None:
     model, tokenizer = vestige.models.load(args.model, device=args.device, dtype="float32")
     grid = Grid(model, tokenizer, Ledger(args.out), args.model)
     for length in args.lengths:
-        possible = list(contenders(length, args.alone))
+        possible = [one for one in contenders(length, args.alone) if args.policies is None or one.name in args.policies]
         for task, seed in itertools.product(args.tasks, args.seeds):
             if time.monotonic() > end:
                 print(f"{args.minutes:g} minutes are over; the same command goes on from here")

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from quality import answer_in_steps, contenders
+from quality import BY_TOKEN, answer_in_steps, contenders
 
 import vestige
 from vestige.context.cache import KeptCache
@@ -197,7 +197,7 @@ def others(length: int) -> list[tuple[str, CachePolicy]]:
     found = [
         (one.name, one.policy)
         for one in contenders(length, alone=True)
-        if one.name not in (*POLICIES, "pyramid(snapkv)", "adaptive(snapkv)", "adaptive(a2sf)")
+        if one.name not in (*POLICIES, BY_TOKEN, "pyramid(snapkv)", "adaptive(snapkv)", "adaptive(a2sf)")
         and one.budget in (None, length // 2)
     ]
     return [*found, ("think(full)", vestige.method("think", ratio=0.5))]
