@@ -6,9 +6,10 @@
 
 ``recall``: multi-query associative recall (arXiv 2312.04927). A model has two blocks: one that can hold no pairs, the
 same for all, whose short convolution tells each value its key (without it a model learns for thousands of steps before
-it recalls anything at all), and one of the mixer. Rows have four tokens for each pair, 4 pairs at first and by and by
-up to 64, and a step has as many rows as make ``--tokens``; all loads take turns from the middle on. ``accuracy`` is
-that on rows with the most pairs, ``state_bytes`` what the second block holds after one of them, in float32.
+it recalls anything at all), and one of the mixer. Rows have four tokens for each pair, and a step has as many rows as
+make ``--tokens``. For a quarter of the steps they have 4 pairs of 16 keys, then by and by up to 64 of 64 keys; all
+loads take turns from the middle on. ``accuracy`` is that on rows with the most pairs, ``state_bytes`` what the second
+block holds after one of them, in float32.
 
 ``language``: State of the Union addresses, byte-pair tokens, the last twentieth held out and read in pieces; all blocks
 are of the mixer, or of the pattern that is named. Float32, on CUDA with TF32 products.
@@ -130,15 +131,22 @@ def recall_lesson(cell: dict[str, Any], device: torch.device) -> Descent:
 
     def draw(chance: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
         number = next(step)
-        opened = min(len(loads), 1 + number * 2 * len(loads) // cell["steps"])  # all of them from the middle on
+        opened = opened_at(number / cell["steps"], len(loads))
         task = tasks[number % opened]
-        batch = task.draw(max(1, cell["tokens"] // task.length), chance)
-        return batch.tokens, batch.targets
+        some = min(cell["keys"], ROOM * loads[opened - 1])  # few keys at first: their mechanism is found sooner
+        batch = task.replace(keys=some, values=some).draw(max(1, cell["tokens"] // task.length), chance)
+        more = (batch.tokens > some) * (cell["keys"] - some)  # values stand behind all keys
+        return batch.tokens + more, batch.targets + (batch.targets > some) * (cell["keys"] - some)
 
     def loss(tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         return tasks[0].loss(model(tokens).logits, targets)
 
     return Descent(model, draw, loss, steps=cell["steps"], rate=cell["rate"], seed=cell["seed"])
+
+
+def opened_at(share: float, loads: int) -> int:
+    """How many of the loads are taught after a share of the steps: one, the others by and by, all from the middle."""
+    return min(loads, 1 if share < 0.25 else 2 + int((4 * share - 1) * (loads - 1)))
 
 
 def recalled(model: VestigeLM, cell: dict[str, Any]) -> dict[str, Any]:
@@ -346,7 +354,7 @@ def arguments() -> argparse.Namespace:
         way.add_argument("--rates", type=float, nargs="+", default=[3e-3], help="largest step sizes")
         way.add_argument("--tuned", type=Path, help="a ledger of other seeds: of each mixer the best of its rates")
     sizes: dict[argparse.ArgumentParser, dict[str, int]] = {
-        one: {"keys": 64, "steps": 3000, "tokens": 8192},
+        one: {"keys": 64, "steps": 4000, "tokens": 8192},
         other: {"width": 384, "layers": 5, "length": 512, "vocabulary": 4096, "steps": 600, "rows": 32},
     }
     for way, numbers in sizes.items():
