@@ -164,8 +164,9 @@ def test_gradients_flow_over_segments():
 
 
 @pytest.mark.slow
-def test_compiled_in_one_graph():
-    model = build("gated-delta-net gla softmax")
+@pytest.mark.parametrize("blocks", ["gated-delta-net gla softmax", "titans"])
+def test_compiled_in_one_graph(blocks):
+    model = build(blocks)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     loss = compiled(tokens(), labels=tokens(), use_cache=False).loss
     torch.testing.assert_close(loss, model(tokens(), labels=tokens()).loss)

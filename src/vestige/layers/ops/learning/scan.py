@@ -77,7 +77,8 @@ def scan(
         start, fresh: what a memory begins with, and where, before which block but the first, it begins anew.
     """
     blocks, depth = len(x), memory.depth
-    parts = (*total, *surprise, *point, *start)
+    k, point, start = k.view_as(k), [t.view_as(t) for t in point], [t.view_as(t) for t in start]  # a compiler wants
+    parts = (*total, *surprise, *point, *start)  # that no two of what is given are one tensor
     how = memory, bias, retention, bool(surprise)
     found = list(_Scan.apply(*how, fresh, x, k, v, bound, gain, left, share, pile, *parts))
 
