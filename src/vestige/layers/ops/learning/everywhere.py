@@ -116,11 +116,12 @@ def _gates(within: Tensor, into: Tensor, carry: Tensor | None) -> Tensor:
 def _told(room: _Room, total: Tensor, surprise: Tensor | None, inputs: Tensor, slope: Tensor) -> Tensor:
     """These: ``(memories, parts, inputs x outputs)``."""
     first = [t for t in (total, surprise) if t is not None]
-    told = room("told", (len(total), len(first) + inputs.shape[1], *total.shape[1:]), total)
+    told = room("told", (len(first) + inputs.shape[1], *total.shape), total)
     for place, part in enumerate(first):
-        told[:, place] = part
-    torch.mul(inputs[..., None], slope[..., None, :], out=told[:, len(first) :])
-    return told.flatten(2)
+        told[place] = part
+    x, d = inputs.transpose(0, 1), slope.transpose(0, 1)
+    torch.mul(x[..., None], d[..., None, :], out=told[len(first) :])
+    return told.flatten(2).transpose(0, 1)
 
 
 def _held(room: _Room, gates: Tensor, told: Tensor, shape: Sequence[int]) -> Tensor:
