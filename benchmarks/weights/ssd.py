@@ -50,9 +50,9 @@ CLASS = 3
 ESTIMATORS = ("per-example", "batch-mean")
 
 
-def new_model(device: str, patch: int) -> Any:
+def new_model(device: str, patch: int, **sizes: int) -> Any:
     torch.manual_seed(0)
-    return ViTForImageClassification(ViTConfig(**SIZES, **IMAGES, patch_size=patch)).eval().to(device)
+    return ViTForImageClassification(ViTConfig(**{**SIZES, **sizes}, **IMAGES, patch_size=patch)).eval().to(device)
 
 
 def sets(images: int) -> tuple[TensorDataset, TensorDataset]:
@@ -204,14 +204,18 @@ def look_at_memory(args: argparse.Namespace) -> None:
     forget, retain = sets(4 * batch if batch > 1 else 20)
     weights = sum(p.nbytes for p in model.parameters())
     peer = authors(args.peer) if side == "authors" else None
-    model(forget.tensors[0][:1].to(args.device)).logits.sum().backward()
-    model.zero_grad(set_to_none=True)
+
+    def work(on: Any) -> None:
+        if peer is None:
+            ours(on, forget, retain, estimator, batch, None)
+        else:
+            theirs(peer, on, forget, retain, batch, args.device)
+
+    # What libraries load when they are first called is not held for the model.
+    work(new_model(args.device, max(args.patches), hidden_size=12, intermediate_size=12, num_hidden_layers=1))
     more: list[int] = []
     with highest(args.device, more):
-        if peer is None:
-            ours(model, forget, retain, estimator, batch, None)
-        else:
-            theirs(peer, model, forget, retain, batch, args.device)
+        work(model)
     print(json.dumps({"copies": 1 + more[0] / weights, "weights_bytes": weights}))
 
 

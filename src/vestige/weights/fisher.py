@@ -19,8 +19,9 @@ __all__ = ["diagonal"]
 
 BLOCK = 32 << 20
 """Bytes of gradients of single rows that are held at once, of one weight; no more than a quarter of all weights."""
-ROOM, LEAST_ROOM = 1.5, 32 << 20
-"""What rows that are looked at together may take besides: so many times the weights; at least so many bytes."""
+ROOM, LEAST_ROOM = {"cpu": 0.5, "cuda": 1.5}, 16 << 20
+"""What rows that are looked at together may take besides: so many times the weights, by device; at least so many bytes.
+A CPU gains less from many rows."""
 
 Loss = Callable[[Any, Mapping[str, Tensor]], Tensor]
 
@@ -44,8 +45,7 @@ def diagonal(
         batches: what the model takes, rows first; only one batch is held at a time.
         loss: of the outputs and a batch of one row.
         parameters: those to look at, by name.
-        chunk: rows at a time, at most; fewer, where their activations would take more room than one and a half times
-            the weights.
+        chunk: rows at a time, at most; fewer, where what is kept of them would take too much room beside the weights.
 
     Returns:
         One tensor per parameter, of its shape, in float32 or wider.
@@ -97,7 +97,8 @@ class _Squares:
         whole = sum(p.nbytes for p in self.leaves.values())
         # Of the other weights there are a copy, its gradient and its square for each row.
         each = saved + 3 * sum(self.leaves[name].nbytes for name in self.others)
-        return max(1, int(max(ROOM * whole, LEAST_ROOM)) // max(1, each))
+        room = ROOM.get(next(iter(self.leaves.values())).device.type, 1.0) * whole
+        return max(1, int(max(room, LEAST_ROOM)) // max(1, each))
 
     def add(self, rows: Mapping[str, Tensor]) -> bool:
         """Add some rows; whether that was done, or has to be tried again with what was found out."""

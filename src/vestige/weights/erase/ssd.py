@@ -78,7 +78,7 @@ class SSD(Eraser):
             mine = forget.pop(name).to(kept.device)
             # The information on all examples is the weighted mean of the two.
             all_of_them = kept.mul_(others).add_(mine, alpha=counted).div_(counted + others)
-            ratios[name] = torch.where(mine > noise, mine / all_of_them, 0)
+            ratios[name] = torch.div(mine, all_of_them, out=all_of_them).masked_fill_(mine <= noise, 0)
         alpha = self.alpha
         if alpha is None:
             share = len(work.forget) / (len(work.forget) + len(work.retain))
