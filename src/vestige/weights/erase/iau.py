@@ -39,7 +39,7 @@ class IAU(Eraser):
         "not reproduced",
         "class 3 of scikit-learn's digits, small ViT, 3 seeds, tolerance 0.25: test accuracy on it 0.92-1.00 -> 0.00, "
         "0.00, 0.11, on the others 0.93-0.96 -> 0.89, 0.85, 0.92 (retrained 0.96-0.97), in a seventh of the time of "
-        "retraining; a model trained with gradient restriction was not looked at",
+        "retraining; of models trained with gradient restriction (0.005) 0.00, 0.00, 0.00 and 0.88, 0.89, 0.86",
     )
 
     holds_out: ClassVar[bool] = True
