@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import vestige
+from vestige.errors import InputError
 
 METHODS = ["a2sf", "h2o", "streaming-llm"]
 
@@ -25,3 +26,19 @@ def test_decoding_goes_on_as_without_padding(llama: Any, name: str) -> None:
         for row, found in zip(rows, together, strict=True):
             alone = llama.generate(row[None], attention_mask=torch.ones(1, len(row), dtype=torch.long), **options)
             assert torch.equal(alone[0, len(row) :], found)
+
+
+def test_padding_that_no_mask_speaks_of_is_refused_before_any_work(llama: Any) -> None:
+    pad = llama.config.pad_token_id
+    ids = torch.arange(3, 23).view(2, 10)
+    left, right = ids.clone(), ids.clone()
+    left[1, :4] = right[1, 7:] = pad
+    with vestige.method("h2o", budget=8).attach(llama) as kept:  # type: ignore[attr-defined]
+        for padded in (left, right):
+            with pytest.raises(InputError, match=r"row 1 .* attention_mask"):
+                llama(padded)
+            assert kept.cache is None
+            llama(padded, attention_mask=(padded != pad).long())
+            kept.cache = None
+        llama(ids)
+        llama(left[1:])  # alone, it may be a text like any other

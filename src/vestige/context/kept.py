@@ -171,6 +171,8 @@ class Kept:
         if cache.slots_step is not None:
             self._running = cache
             return args, kwargs
+        if name == "input_ids" and kwargs.get("attention_mask") is None and cache.get_seq_length() == 0:
+            _refuse_bare_padding(inputs, self.anatomy.config)
         fed = self.policy.reread(cache, name, inputs)
         self._again = fed.shape[1] - inputs.shape[1]
         if self._again:
@@ -257,6 +259,23 @@ def _of_config(config: Any) -> Kept:
     """The attachment of a config; of several models that share it, the one that is running."""
     found = {id(kept): kept for kept in _attached.values() if kept.anatomy.config is config}
     return max(found.values(), key=lambda kept: kept._running is not None)
+
+
+def _refuse_bare_padding(ids: Tensor, config: Any) -> None:
+    """Raise :class:`InputError` for a batch of which some rows are padded and no mask says so: padding would be kept,
+    ranked and attended to as if it were text."""
+    pad, ends = getattr(config, "pad_token_id", None), getattr(config, "eos_token_id", None)
+    if pad is None or ids.shape[0] == 1:
+        return
+    begins = ids[:, 0] == pad
+    rows = begins & ~begins.all()
+    if pad not in (ends if isinstance(ends, list) else [ends]):  # else a row may well end with it
+        rows = rows | (ids[:, -1] == pad)
+    if bool(rows.any()):
+        raise InputError(
+            f"input_ids: row {int(rows.nonzero()[0])} begins or ends with the padding token {pad}, and there is no "
+            "attention_mask; pass the one that the tokenizer returned"
+        )
 
 
 def _present_in_slots(policy: Evict, cache: KeptCache) -> bool:
