@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from vestige.layers.ops.learning import engine
 from vestige.layers.ops.learning.biases import Bias
 from vestige.layers.ops.learning.engine import Lesson, Rule, Slow, learn
 from vestige.layers.ops.learning.perceptron import Perceptron
@@ -66,6 +67,42 @@ def test_pieces_are_the_whole(name, pieces):
     assert at_once.keys() == in_pieces.keys()
     for key, held in at_once.items():
         torch.testing.assert_close(in_pieces[key], held, atol=1e-10, rtol=0)
+
+
+DERIVED = {
+    **{name: RULES[name] for name in ("plain", "window beyond a block", "q-norm")},
+    **{name: Rule(refresh=4, bias=Bias(name)) for name in ("lp", "huber")},
+    "cubes by block": Rule(refresh=4, retention=Retention("q-norm", 3.0), by_block=True),
+    "shares": Rule(refresh=4, retention=Retention("kl"), window=3),
+}
+
+
+@pytest.mark.parametrize("name", DERIVED)
+def test_derivatives_are_slopes(name, monkeypatch):
+    """Of answers and of what is held: after padding, in two passes, two blocks at a time; of some without momentum."""
+    rule, told, count = DERIVED[name], part(lesson(), 0, 11), 11
+    begun = slow(rule)
+    held = 2 * BATCH * sum(weight.nbytes for weight in begun.start)
+    monkeypatch.setattr(engine, "HELD_AT_ONCE", {"cpu": 2 * held})
+    valid = torch.ones(BATCH, count, dtype=torch.bool)
+    valid[0, :3] = False
+    gates = {f.name: getattr(told, f.name) for f in fields(told)} | {"bound": 1 + torch.rand_like(told.rate)}
+    gates = {n: t if n in "qkv" else t.masked_fill(~valid[..., None], 0) for n, t in gates.items()}
+    if name in ("plain", "shares"):
+        del gates["momentum"]
+    names = list(gates)
+
+    def run(*given):
+        whole, held = Lesson(**dict(zip(names, given, strict=False))), {}
+        first = Slow(list(given[len(names) : -2]), *given[-2:])
+        read = [
+            learn(rule, first, part(whole, *ends), held, valid=valid[:, slice(*ends)]) for ends in ((0, 9), (9, 11))
+        ]
+        return torch.cat(read, 1) * valid[..., None, None], *(t for t in held.values() if t.requires_grad)
+
+    leaves = [*gates.values(), *begun.start, begun.gain, begun.scale]
+    leaves = [t.detach().clone().requires_grad_() for t in leaves]
+    assert torch.autograd.gradcheck(run, leaves, fast_mode=True, atol=1e-5)
 
 
 def test_one_layer_with_squares_is_the_delta_rule():
