@@ -19,9 +19,8 @@ __all__ = ["diagonal"]
 
 BLOCK = 32 << 20
 """Bytes of gradients of single rows that are held at once, of one weight; no more than a quarter of all weights."""
-ROOM, LEAST_ROOM = {"cpu": 0.5, "cuda": 1.5}, 16 << 20
-"""What rows that are looked at together may take besides: so many times the weights, by device; at least so many bytes.
-A CPU gains less from many rows."""
+ROOM, LEAST_ROOM = 1.5, 16 << 20
+"""What rows that are looked at together may take besides: so many times the weights; at least so many bytes."""
 
 Loss = Callable[[Any, Mapping[str, Tensor]], Tensor]
 
@@ -97,8 +96,7 @@ class _Squares:
         whole = sum(p.nbytes for p in self.leaves.values())
         # Of the other weights there are a copy, its gradient and its square for each row.
         each = saved + 3 * sum(self.leaves[name].nbytes for name in self.others)
-        room = ROOM.get(next(iter(self.leaves.values())).device.type, 1.0) * whole
-        return max(1, int(max(room, LEAST_ROOM)) // max(1, each))
+        return max(1, int(max(ROOM * whole, LEAST_ROOM)) // max(1, each))
 
     def add(self, rows: Mapping[str, Tensor]) -> bool:
         """Add some rows; whether that was done, or has to be tried again with what was found out."""
