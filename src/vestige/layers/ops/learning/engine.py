@@ -33,6 +33,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from vestige.layers.ops.learning.answers import answer
 from vestige.layers.ops.learning.blocks import Blocks
@@ -211,13 +212,20 @@ def _answers(rule: Rule, z: Tensor, page: Pages, gain: Tensor, known: Scanned, b
 
     def layer(index: int, t: Tensor) -> Tensor:
         if rule.by_block:
-            later = rule.retention.weights(known.total[index][1:])
-            return t @ torch.cat([brain.point[index].flatten(0, 1)[None], later])
+            first, held = brain.point[index].flatten(0, 1)[None], known.total[index]
+            if not torch.is_grad_enabled():
+                return _with_points(rule, t, first, held)
+            return checkpoint(_with_points, rule, t, first, held, use_reentrant=False)
         surprise = known.surprise[index] if known.surprise else None
         given = t, known.total[index], surprise, *known.pairs[index], page.within, page.into, page.carry
         return answer(*given) if rule.retention.linear else answer_everywhere(rule.retention, *given)
 
     return rule.memory.run(z, page.q, gain, layer)[0]
+
+
+def _with_points(rule: Rule, z: Tensor, first: Tensor, held: Tensor) -> Tensor:
+    """What a layer answers with the weights at the beginning of each block."""
+    return z @ torch.cat([first, rule.retention.weights(held[1:])])
 
 
 def _point(

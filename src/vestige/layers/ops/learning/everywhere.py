@@ -143,7 +143,7 @@ def _normed(
     bent = room("bent", small.shape, small)
     if power == 4.0:  # products, for a general power takes ten times as long
         torch.mul(small, small, out=bent)
-        summed = torch.bmm(bent.flatten(0, 1)[:, None], bent.flatten(0, 1)[..., None]).view_as(largest)
+        summed = torch.linalg.vector_norm(bent, dim=-1, keepdim=True).square()
     else:
         torch.pow(small.abs().clamp_min(SMALLEST), power - 2, out=bent)
         summed = (bent * small.square()).sum(-1, keepdim=True)
