@@ -127,7 +127,7 @@ def weights_agree_with_the_equations(case: EraserCase) -> Seen:
             moved = min(moved, max(float((mine[n] - before[n]).abs().max()) for n in due))
             compared += 1
     expect(moved > 1e-5, f"no weight moved by more than {moved:.3g}, so nothing was compared")
-    # Rotary angles are float32 in float64 models too; a GPU rounds them otherwise than the host, and Adam carries it on.
+    # Rotary angles are float32 in float64 models too; a GPU rounds them otherwise, and Adam carries that on.
     bound = 1e-7 if case.device == "cpu" else 2e-6
     expect(largest < bound * max(1.0, moved), f"weights differ by up to {largest:.3g}")
     return {"difference": largest, "smallest change": moved, "comparisons": compared}
