@@ -47,8 +47,9 @@ def quality() -> dict[str, dict[str, list[tuple[float, float]]]]:
             cells[row["task"]["name"], metrics["policy"], metrics["budget"]].append((row["kv_bytes"], metrics["score"]))
     whole = {task: mean(held for held, _ in cells[task, "full", LENGTH]) for task in ("needle", "perplexity")}
     curves: dict[str, dict[str, list[tuple[float, float]]]] = {task: defaultdict(list) for task in whole}
+    seeds = {task: len(cells[task, "full", LENGTH]) for task in whole}
     for (task, policy, _), seen in cells.items():
-        if task in whole:
+        if task in whole and len(seen) == seeds[task]:  # a mean of fewer texts is no point of the same curve
             point = (mean(held for held, _ in seen) / whole[task], mean(score for _, score in seen))
             curves[task][policy.split(",")[0]].append(point)
     return {task: {policy: sorted(points) for policy, points in found.items()} for task, found in curves.items()}

@@ -82,11 +82,13 @@ def contenders(length: int, alone: bool) -> Iterator[Contender]:
             yield from _possible("moa", budget, "moa", density=share)
     if not alone:
         return
-    half = length // 2
-    yield from _possible("think(snapkv)", half, "think", policy={"name": "snapkv", "budget": half}, ratio=0.5)
-    for name in READERS:
-        chunk = {"chunk": half // 8} if name == "longheads" else {}
-        yield from _possible(name, half, name, budget=half, **chunk)
+    for share in SHARES:
+        budget = int(share * length)
+        kept = {"name": "snapkv", "budget": budget}
+        yield from _possible("think(snapkv)", budget, "think", policy=kept, ratio=0.5)
+        for name in READERS:
+            chunk = {"chunk": budget // 8} if name == "longheads" else {}
+            yield from _possible(name, budget, name, budget=budget, **chunk)
     for bits in (4, 2):
         yield Contender(f"quantised-cache, {bits} bits", vestige.method("quantised-cache", bits=bits))
     yield Contender("act", vestige.method("act"))
