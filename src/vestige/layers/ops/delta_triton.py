@@ -319,7 +319,8 @@ class _Size(Size):
         self.walking_rows = (self.rows, triton.cdiv(self.values, few))
         held = {"KEYS": wide, "VALUES": few, "num_warps": 4, "num_stages": 2 if wide < WIDEST_KEY else 1}
         self.walking = {**self.how, **held}
-        self.solving = {**self.tiles, "HALVINGS": CHUNK.bit_length() - 1}
+        # Never narrower: for Hopper triton 3.6 compiles products of 64 by 32 wrongly here, if the width is not aligned.
+        self.solving = {**self.tiles, "HALVINGS": CHUNK.bit_length() - 1, "KEYS": 64, "VALUES": 64}
         self.erasing = {**self.tiles, "num_warps": 2}
 
 
