@@ -71,7 +71,8 @@ def readers(rows: list[dict]) -> Iterator[tuple[str, str]]:
     found: dict[int, dict[str, list[float]]] = {}
     for row in rows:
         length, told = row["task"]["length"], row["metrics"]
-        if row["task"]["name"] == "needle" and told["policy"] in KEEP_ALL:
+        whole = told["budget"] in (length // 2, length)  # what is read of the text: half, or all
+        if row["task"]["name"] == "needle" and told["policy"] in KEEP_ALL and whole:
             found.setdefault(length, {}).setdefault(told["policy"], []).append(told["score"])
     for name in dict.fromkeys(name for of in found.values() for name in of):
         parts = [text(10, 22, f"Needles found, half of the entries read: {name}", "title")]
