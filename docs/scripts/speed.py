@@ -51,8 +51,9 @@ def against_attention() -> list[str]:
     cases = dict.fromkeys((row["what"], row["mixer"]) for row in rows)
 
     def taken(what: str, mixer: str, length: int) -> dict[str, Any] | None:
-        """What a layer runs: the row that says so, or that of the path which it would take."""
-        return next((r for path in PATHS[:-1] if (r := found.get((mixer, what, path, length)))), None)
+        """What a layer runs: the row that says so, or that of the path which it would take in training."""
+        rows = [row for path in PATHS[:-1] if (row := found.get((mixer, what, path, length)))]
+        return next((row for row in rows if row.get("both_ms") or "both_error" in row), rows[0] if rows else None)
 
     def cost(case: tuple[str, str]) -> tuple[bool, float]:
         row = taken(*case, lengths[0]) or found.get((case[1], case[0], "own", lengths[0]), {})
