@@ -40,6 +40,11 @@ COLOURS = {
     "delta-net": "#7c3aed",
     "gated-delta-net": "#0f766e",
     "titans": "#c026d3",
+    "hgrn2": "#16a34a",
+    "sparse-state-expansion": "#0284c7",
+    "yaad": "#9d174d",
+    "lightning-attention": "#78716c",
+    "transnormer-llm": "#a16207",
 }
 Point = tuple[float, float, float, float]
 """Place on the axis, value, the least and the most of several seeds."""
@@ -103,7 +108,7 @@ def legend(names: set[str], top: float, width: float) -> tuple[list[str], float]
     """What the colours mean, and where it ends."""
     shown = [name for name in COLOURS if name in {base(each) for each in names}]
     shown += ["others"] if {base(each) for each in names} - set(COLOURS) else []
-    parts, across = [], 5
+    parts, across = [], 4
     for number, name in enumerate(shown):
         x, y = 50 + number % across * (width - 60) / across, top + number // across * 22
         mark = f'style="fill:{COLOURS[name]}"' if name in COLOURS else 'class="greydot"'
@@ -126,6 +131,18 @@ def powers(low: float, high: float, factor: int) -> list[float]:
     return [float(factor) ** power for power in range(first, max(last, first + 1) + 1)]
 
 
+def frontier(panel: Panel, points: list[Point]) -> str:
+    """A stair: the most that any of them gives from so many bytes or fewer."""
+    stairs, best = [], 0.0
+    for x, y, _, _ in sorted(points):
+        if y > best:
+            stairs += [f"{panel.x(x):.1f},{panel.y(best):.1f}", f"{panel.x(x):.1f},{panel.y(y):.1f}"]
+            best = y
+    stairs.append(f"{panel.left + panel.width:.1f},{panel.y(best):.1f}")
+    hint = "<title>the most that is recalled from as many bytes or fewer</title>"
+    return f'<polyline class="grey" stroke-width="5" stroke-opacity=".35" points="{" ".join(stairs)}">{hint}</polyline>'
+
+
 def recall_figure(rows: list[dict[str, Any]]) -> str:
     """Share of values that small models give back, against the bytes of the state that they have them from."""
     cells: dict[tuple[str, int], list[dict[str, Any]]] = defaultdict(list)
@@ -134,7 +151,7 @@ def recall_figure(rows: list[dict[str, Any]]) -> str:
     curves: dict[str, list[Point]] = defaultdict(list)
     for (mixer, _), seen in cells.items():
         found = [mean(row["accuracy_by_pairs"].values()) for row in seen]
-        curves[mixer].append((mean(row["state_bytes"] for row in seen), mean(found), min(found), max(found)))
+        curves[base(mixer)].append((mean(row["state_bytes"] for row in seen), mean(found), min(found), max(found)))
     held = [point[0] for points in curves.values() for point in points]
     ticks = powers(min(held), max(held), 4)
     panel = Panel(50, (ticks[0], ticks[-1]), (0.0, 1.02), log=False)
@@ -150,13 +167,13 @@ def recall_figure(rows: list[dict[str, Any]]) -> str:
     )
     parts.append(f'<line class="axis" stroke-dasharray="4 4" x1="50" x2="770" y1="{panel.y(chance):.1f}" '
                  f'y2="{panel.y(chance):.1f}"><title>chance: {chance:.1%}</title></line>')  # fmt: skip
+    parts += [frontier(panel, [point for points in curves.values() for point in points])]
     parts += panel.curves(curves, "of the values")
     names, end = legend(set(curves), panel.bottom + 64, 800)
     seeds, steps = len({row["seed"] for row in rows}), rows[0]["steps"]
-    note = (
-        f"Small models after {steps:,} steps; points of a line: their widths. Means and ranges of up to {seeds} seeds. "
-    )
-    return svg(800, round(end + 12), [*parts, *names, text(50, end, note + "Dashed: chance.", "small")],
+    note = f"After {steps:,} steps; points of a line: forms and widths. Means, ranges of {seeds} seeds. "
+    note += "Broad: the most from so many bytes."
+    return svg(800, round(end + 12), [*parts, *names, text(50, end, note, "small")],
                "Recall of pairs against the bytes held, by mixer")  # fmt: skip
 
 

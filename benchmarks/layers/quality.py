@@ -351,7 +351,6 @@ def arguments() -> argparse.Namespace:
         way.add_argument("--together", type=int, default=1, help="models that take turns in each of them")
         way.add_argument("--mixers", nargs="+", help="blocks to measure instead of the list of this file")
         way.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-        way.add_argument("--rates", type=float, nargs="+", default=[3e-3], help="largest step sizes")
         way.add_argument("--tuned", type=Path, help="a ledger of other seeds: of each mixer the best of its rates")
     sizes: dict[argparse.ArgumentParser, dict[str, int]] = {
         one: {"keys": 64, "steps": 4000, "tokens": 8192},
@@ -360,6 +359,8 @@ def arguments() -> argparse.Namespace:
     for way, numbers in sizes.items():
         for name, default in numbers.items():
             way.add_argument(f"--{name}", type=int, default=default)
+    for way, rate in ((one, 3e-3), (other, 1e-3)):
+        way.add_argument("--rates", type=float, nargs="+", default=[rate], help="largest step sizes")
     one.add_argument("--widths", type=int, nargs="+", default=list(WIDTHS))
     one.add_argument("--pairs", type=int, nargs="+", default=[4, 8, 16, 32, 64], help="in a row, rising")
     one.add_argument("--keep", help="folder for the smallest trained models of seed 0, with cards")

@@ -82,7 +82,7 @@ def language(rows: Rows) -> list[str]:
 def hybrids(rows: Rows) -> list[str]:
     """Recall and loss of every mixer in every ratio."""
     metrics = [row["metrics"] for row in rows]
-    ratios = list(dict.fromkeys(ratio for found in metrics[0].values() for ratio in found))
+    ratios = sorted({ratio for found in metrics[0].values() for ratio in found}, key=share)
     lines = []
     for what, name, form in (("recall", "pairs recalled, %", percent), ("loss", "nats per byte", seen_loss)):
         for mixer in metrics[0]:
@@ -92,6 +92,12 @@ def hybrids(rows: Rows) -> list[str]:
             ]
             lines.append([f"`{mixer}`", name, *cells])
     return table(["layers", "", *ratios], lines)
+
+
+def share(ratio: str) -> float:
+    """Layers of linear attention for each of softmax."""
+    linear, _, full = ratio.partition(":")
+    return int(linear) / int(full) if full else float("inf")
 
 
 def seen_loss(values: Sequence[float]) -> str:
