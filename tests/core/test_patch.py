@@ -6,6 +6,8 @@ import gc
 import signal
 import sys
 import weakref
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +19,14 @@ from transformers.masking_utils import eager_mask
 from tests.tiny import DECODERS, build, token_ids
 from vestige.core import Patch
 from vestige.errors import PatchConflictError, PatchError, UnsupportedModelError
+
+
+@pytest.fixture
+def interruptible() -> Iterator[Any]:
+    """The handler that raises KeyboardInterrupt: who starts the tests may have the signal ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield signal.default_int_handler
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture
@@ -211,7 +221,7 @@ def test_building_keeps_on_success_and_undoes_on_failure(model):
     assert state(model) == before
 
 
-def test_ctrl_c_inside_a_change_leaves_nothing(model):
+def test_ctrl_c_inside_a_change_leaves_nothing(model, interruptible):
     before = state(model)
 
     class Interrupting(nn.Module):
@@ -232,7 +242,6 @@ def test_ctrl_c_inside_a_change_leaves_nothing(model):
             self._value = value
             signal.raise_signal(signal.SIGINT)
 
-    handler = signal.getsignal(signal.SIGINT)
     sensitive = Sensitive()
     for change in (
         lambda patch: patch.module("model.norm", Interrupting()),
@@ -243,7 +252,7 @@ def test_ctrl_c_inside_a_change_leaves_nothing(model):
         with pytest.raises(KeyboardInterrupt):
             change(patch)
         assert state(model) == before and sensitive.value == 0
-        assert signal.getsignal(signal.SIGINT) is handler
+        assert signal.getsignal(signal.SIGINT) is interruptible
         assert Patch.active(model) == ()
 
 
