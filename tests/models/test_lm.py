@@ -164,9 +164,10 @@ def test_gradients_flow_over_segments():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("blocks", ["gated-delta-net gla softmax", "titans"])
+@pytest.mark.parametrize("blocks", ["gated-delta-net gla softmax", *MIXERS])
 def test_compiled_in_one_graph(blocks):
-    model = build(blocks)
+    torch.compiler.reset()
+    model = build(SMALL.get(blocks, blocks))
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     loss = compiled(tokens(), labels=tokens(), use_cache=False).loss
     torch.testing.assert_close(loss, model(tokens(), labels=tokens()).loss)

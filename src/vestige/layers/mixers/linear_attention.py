@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -29,6 +30,11 @@ class NormalisedLayer(LinearLayer):
     step = chunked
 
 
+def positive(x: Float[Tensor, ...]) -> Float[Tensor, ...]:
+    """``elu(x) + 1``, in parts whose gradients a compiler lays out as they are."""
+    return F.relu(x) + x.clamp(max=0).exp()
+
+
 class LinearAttentionLayer(NormalisedLayer):
     """The layer of :class:`LinearAttention`. It holds ``S``, ``(batch, heads, dim, dim + 1)``."""
 
@@ -43,7 +49,7 @@ class LinearAttentionLayer(NormalisedLayer):
 
     def project(self, x: Tensor, layout: Layout, memory: Memory) -> Drive:
         q, k, v = (split_heads(f(x), self.heads) for f in (self.q_proj, self.k_proj, self.v_proj))
-        return Drive(F.elu(q) + 1, F.elu(k) + 1, v)
+        return Drive(positive(q), positive(k), v)
 
     def finish(self, read: Tensor, x: Tensor) -> Tensor:
         return self.o_proj(join_heads(read))

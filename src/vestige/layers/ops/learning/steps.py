@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -68,8 +68,7 @@ class Features:
         """``polynomial``: every product of up to ``degree`` channels, once; ``powers``: powers of single channels."""
         if name == "none":
             return None
-        make = _features if torch.compiler.is_compiling() else _kept_features
-        return make(name, dim, degree, like.device, like.dtype)
+        return cls(*_kept_features(name, dim, degree, like.device, like.dtype))
 
     def __call__(self, x: Float[Tensor, "... dim"], scale: Float[Tensor, " degrees"]) -> Float[Tensor, "... features"]:
         """The features; ``scale`` is a factor for each order, from none at all."""
@@ -80,7 +79,17 @@ class Features:
         return product
 
 
-def _features(name: FeatureName, dim: int, degree: int, device: torch.device, dtype: torch.dtype) -> Features:
+@torch.compiler.assume_constant_result
+def _kept_features(*asked: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Made once: the same tokens after tokens, and nothing is copied to the device while a graph is captured."""
+    return _features(*asked)
+
+
+@functools.lru_cache(maxsize=64)
+@torch.inference_mode(False)
+def _features(
+    name: FeatureName, dim: int, degree: int, device: torch.device, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
     if name == "powers":
         powers = range(1, degree + 1)
         which = torch.tensor([[channel] * p + [dim] * (degree - p) for p in powers for channel in range(dim)])
@@ -89,14 +98,7 @@ def _features(name: FeatureName, dim: int, degree: int, device: torch.device, dt
     order = (which < dim).sum(1)
     count = torch.nn.functional.one_hot(which, dim + 1)[..., :dim].sum(1)
     ways = (torch.lgamma(order + 1.0) - torch.lgamma(count + 1.0).sum(1)).exp().round()
-    return Features(which.to(device), order.to(device), ways.to(device, dtype).sqrt())
-
-
-@functools.lru_cache(maxsize=64)
-@torch.inference_mode(False)
-def _kept_features(name: FeatureName, dim: int, degree: int, device: torch.device, dtype: torch.dtype) -> Features:
-    """Made once: the same tokens after tokens, and nothing is copied to the device while a graph is captured."""
-    return _features(name, dim, degree, device, dtype)
+    return which.to(device), order.to(device), ways.to(device, dtype).sqrt()
 
 
 def width_of(name: FeatureName, dim: int, degree: int) -> int:
