@@ -108,8 +108,9 @@ def _kernels(bits: int, width: int) -> tuple[Callable[[Tensor], Tensor], ...]:
     few entries is as long as its number of operations."""
     if bits == 8 or width % (8 // bits):
         return ()
+    names = [f"embedding_bag_{bits}bit_{way}" for way in ("prepack", "unpack")]
     known = torch.ops.quantized
-    return tuple(getattr(known, f"embedding_bag_{bits}bit_{way}") for way in ("prepack", "unpack"))
+    return tuple(getattr(known, name) for name in names) if all(hasattr(known, name) for name in names) else ()
 
 
 def _width(dim: int, group: int) -> int:
