@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import functools
+import types
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -62,7 +64,7 @@ class EraserCase(Case):
             lengths = torch.randint(5, 12, (13,), generator=draw).tolist()
             rows = [{"input_ids": torch.randint(3, VOCABULARY, (n,), generator=draw)} for n in lengths]
             model = tiny_model("llama", dtype, self.device)
-        return Problem(model, rows[:4], rows[4:10], rows[10:])
+        return Problem(_whole(model), rows[:4], rows[4:10], rows[10:])
 
     def erase(self, problem: Problem, method: Eraser | None = None, **options: Any) -> Trace:
         """Let the method, or another, erase."""
@@ -74,7 +76,34 @@ class EraserCase(Case):
 
 def _again(model: Any) -> Any:
     """A model of the same shapes, drawn anew."""
-    return type(model)(model.config).to(model.device, model.dtype)
+    return _whole(type(model)(model.config).to(model.device, model.dtype))
+
+
+def _whole(model: Any) -> Any:
+    """A float64 model that is float64 throughout; others as they are.
+
+    Rotary angles and RMS norms of transformers are float32 in any model. Processors and GPUs round these otherwise, and
+    what is left of it in gradients that are nearly zero, Adam turns into steps: weights move by up to 2e-6.
+    """
+    if model.dtype != torch.float64:
+        return model
+    model = copy.deepcopy(model)
+    for part in model.modules():
+        if hasattr(part, "variance_epsilon"):
+            part.forward = types.MethodType(_norm, part)
+        elif hasattr(part, "inv_freq"):
+            part.forward = types.MethodType(_angles, part)
+    return model
+
+
+def _norm(self: Any, x: Tensor) -> Tensor:
+    return F.rms_norm(x, x.shape[-1:], self.weight, self.variance_epsilon)
+
+
+def _angles(self: Any, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+    angles = position_ids[..., None].to(x.dtype) * self.inv_freq.to(x.dtype)
+    angles = torch.cat((angles, angles), -1)
+    return angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
 
 
 class Digits:

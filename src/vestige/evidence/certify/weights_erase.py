@@ -127,9 +127,7 @@ def weights_agree_with_the_equations(case: EraserCase) -> Seen:
             moved = min(moved, max(float((mine[n] - before[n]).abs().max()) for n in due))
             compared += 1
     expect(moved > 1e-5, f"no weight moved by more than {moved:.3g}, so nothing was compared")
-    # Rotary angles are float32 in float64 models too; a GPU rounds them otherwise, and Adam carries that on.
-    bound = 1e-7 if case.device == "cpu" else 2e-6
-    expect(largest < bound * max(1.0, moved), f"weights differ by up to {largest:.3g}")
+    expect(largest < 1e-7 * max(1.0, moved), f"weights differ by up to {largest:.3g}")
     return {"difference": largest, "smallest change": moved, "comparisons": compared}
 
 
@@ -197,8 +195,7 @@ def padding_changes_nothing(case: EraserCase) -> Seen:
         ends.append(state(problem.model))
         trace.undo()
     largest = max(float((end[n] - ends[0][n]).abs().max()) for end in ends[1:] for n in end)
-    # Rotary angles of shifted positions are float32 in float64 models too.
-    expect(largest < 1e-5, f"weights differ by up to {largest:.3g}")
+    expect(largest < 1e-7, f"weights differ by up to {largest:.3g}")
     return {"difference": largest}
 
 
