@@ -51,7 +51,7 @@ __all__ = [
 
 # Forms that are worth a row beside the one with the defaults: what a memory costs that looks at its errors more rarely.
 FORMS = ("titans(refresh=64)", "atlas(by_block=true)", "memora(by_block=true)", "moneta(by_block=true)")
-LONG = 4.0  # seconds; a call that takes longer is not repeated
+LONG = 30.0  # seconds; a call that takes longer is not repeated
 WIDE = 64  # heads wider than this make too many features of pairs of channels; powers of channels are taken then
 
 
@@ -76,8 +76,9 @@ def given(parser: argparse.ArgumentParser) -> argparse.Namespace:
 
 
 class Watch:
-    """Times calls: one to warm up, then as many as fit into some seconds, at least one. What takes very long is called
-    once, unless its kernels may have had to be compiled (``warm`` says that they have been)."""
+    """Times calls: one to warm up, for which memory is asked for, then as many as fit into some seconds, at least one.
+    What takes very long is called once, unless its kernels may have had to be compiled (``warm`` says that they have
+    been)."""
 
     def __init__(self, device: str, repeats: int, cap: float) -> None:
         self.device, self.repeats, self.cap, self.warm = device, repeats, cap, device == "cpu"

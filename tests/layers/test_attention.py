@@ -6,12 +6,16 @@ from itertools import pairwise
 
 import pytest
 import torch
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from vestige.errors import InputError
 from vestige.layers.layout import Layout, positions_of, starts_of
+from vestige.layers.mixers.softmax import Softmax
 from vestige.layers.ops import windowed_attention as module
 from vestige.layers.ops.windowed_attention import windowed_attention
 from vestige.layers.parts import ShortConvolution, rotate, unit
+from vestige.layers.place import Place
+from vestige.layers.state import LayerState
 
 
 @pytest.fixture(autouse=True)
@@ -53,6 +57,30 @@ def test_no_window_reaches_into_another_sequence():
     sequence = starts_of(torch.tensor([0, 5, 6, 16, 21]), 21).cumsum(1)
     mine = windowed_attention(q, k, v, window=4, scaling=1.0, sequence=sequence)
     torch.testing.assert_close(mine, written_out(q, k, v, 4, 1.0, sequence=sequence), atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+def test_longer_keys_are_not_given_to_cudnn(allowed, monkeypatch):
+    """It would plan anew for each number of keys; what is allowed elsewhere is as it was after."""
+    flags, seen = torch.backends.cuda, []
+
+    def attend(module, q, k, v, mask, **options):
+        seen.append((k.shape[2], flags.cudnn_sdp_enabled(), flags.math_sdp_enabled()))
+        return torch.zeros_like(q).transpose(1, 2), None
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "recorded", attend)
+    layer, state = Softmax().build(Place(hidden_size=8, heads=2)), LayerState()
+    before = flags.cudnn_sdp_enabled(), flags.math_sdp_enabled()
+    flags.enable_math_sdp(allowed)
+    try:
+        for past, count in ((0, 4), (4, 1), (5, 2)):
+            layout = Layout.of(1, count, past=past)
+            layout.implementation = "recorded"
+            layer(torch.randn(1, count, 8), layout, state)
+        assert flags.cudnn_sdp_enabled() == before[0]
+    finally:
+        flags.enable_math_sdp(before[1])
+    assert before[0] and seen == [(4, True, allowed), (5, not allowed, allowed), (7, not allowed, allowed)]
 
 
 def test_positions_begin_anew():

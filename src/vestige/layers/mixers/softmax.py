@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -28,14 +30,33 @@ class SoftmaxLayer(AttentionLayer):
 
     def forward(self, x: Tensor, layout: Layout, state: LayerState | None = None) -> Tensor:
         q, k, v = self.project(x, layout)
+        longer = state is not None and bool(state.tensors)
         if state is not None:
-            if state.tensors:
+            if longer:
                 k = torch.cat([state.tensors["keys"], k], dim=2)
                 v = torch.cat([state.tensors["values"], v], dim=2)
             state.write({"keys": k, "values": v}, x.shape[1])
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(layout.implementation, eager)
-        out, _ = attend(self, q, k, v, layout.mask, dropout=0.0, scaling=self.scaling, **layout.options)
+        with contextlib.nullcontext() if torch.compiler.is_compiling() or not longer else _other_than_cudnn():
+            out, _ = attend(self, q, k, v, layout.mask, dropout=0.0, scaling=self.scaling, **layout.options)
         return self.o_proj(out.flatten(2))
+
+
+@contextlib.contextmanager
+def _other_than_cudnn() -> Iterator[None]:
+    """Have PyTorch's attention done by any of its other kernels that are allowed.
+
+    cuDNN plans anew for every number of keys, which takes tens of milliseconds: with keys that grow, at each token.
+    """
+    flags = torch.backends.cuda
+    if not (flags.cudnn_sdp_enabled() and flags.math_sdp_enabled()):
+        yield
+        return
+    flags.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        flags.enable_cudnn_sdp(True)
 
 
 def eager(
