@@ -132,7 +132,8 @@ class LearningLayer(RecurrentLayer):
         raw = (raw.to(exact(raw)) + self.gate_bias.to(exact(raw))).unflatten(-1, (len(self.gates), self.heads))
         gates = {name: self.gate(name, raw[:, :, index]) for index, name in enumerate(self.gates)}
         if valid is not None:
-            gates = {name: gate.masked_fill(~valid[..., None], 0) for name, gate in gates.items()}
+            away = ~valid[..., None]
+            gates = {name: gate.masked_fill(away, 0) for name, gate in gates.items()}
         return Lesson(q, k, v, **gates)
 
     def gate(self, name: str, raw: Float[Tensor, "batch length heads"]) -> Float[Tensor, "batch length heads"]:

@@ -106,10 +106,15 @@ class PersistentAttention(nn.Module):
         return join_heads(read.transpose(1, 2))
 
     def masked(
-        self, q: Tensor, k: Tensor, v: Tensor, seen: Bool[Tensor, "batch length held"]
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        seen: Bool[Tensor, "rows length held"],
+        always: tuple[Tensor, Tensor] | None,
     ) -> Float[Tensor, "batch length hidden"]:
         """Attend to entries by a mask, and to the persistent tokens."""
-        k, always = self.widened(k), self.always()
+        k = self.widened(k)
         if always is not None:
             more_k, more_v = (t.expand(k.shape[0], -1, -1, -1) for t in always)
             k, v = torch.cat([more_k, k], 2), torch.cat([more_v, v], 2)

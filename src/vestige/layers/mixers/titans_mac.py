@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
@@ -13,12 +16,40 @@ from vestige.layers.mixers.learning import LearningLayer
 from vestige.layers.mixers.persistent import PersistentAttention, TitansBeside
 from vestige.layers.mixers.recurrent import Memory
 from vestige.layers.ops.learning.blocks import Blocks
-from vestige.layers.ops.learning.engine import learn, recall
+from vestige.layers.ops.learning.engine import Slow, learn, recall
+from vestige.layers.ops.recurrence import exact
 from vestige.layers.parts import join_heads, split_heads, unit
 from vestige.layers.place import Place
 from vestige.layers.state import LayerState
 
 __all__ = ["TitansMAC", "TitansMACLayer"]
+
+
+@dataclass(frozen=True)
+class _Segment:
+    """What a segment brings along.
+
+    Attributes:
+        asked: ``(batch, slots, heads, dim)`` what the memory is asked.
+        q, k, v: attention's queries, keys and values, ``(batch, heads, slots, ...)``.
+        layout: the places of its slots in it.
+        mask: ``(batch or 1, slots, 2 refresh)`` what a slot sees of what was recalled, and of the tokens.
+        slow: the memory's weights of training.
+        always: keys and values of the persistent tokens.
+        fresh: whether another text begins here.
+        begun: ``(batch, refresh)`` the slots that are new in a segment that was begun earlier.
+    """
+
+    asked: Tensor
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    layout: Layout
+    mask: Bool[Tensor, "rows slots held"]
+    slow: Slow
+    always: tuple[Tensor, Tensor] | None
+    fresh: bool
+    begun: Bool[Tensor, "batch refresh"] | None
 
 
 class TitansMACLayer(LearningLayer):
@@ -43,7 +74,7 @@ class TitansMACLayer(LearningLayer):
         x = layout.blank(x)
         memory: Memory = {} if state is None else dict(state.tensors)
         batch, length, _ = x.shape
-        segments = Blocks.of(
+        slots = Blocks.of(
             self.rule.refresh,
             batch,
             length,
@@ -52,53 +83,74 @@ class TitansMACLayer(LearningLayer):
             valid=layout.valid,
             starts=layout.starts,
         )
-        slots, outputs = segments.lay(x).unflatten(1, (segments.count, segments.width)), []
-        real = segments.real.unflatten(1, (segments.count, segments.width))
-        for n in range(segments.count):
-            if segments.fresh and bool(segments.fresh[n].all()):  # packed sequences stand in a row of their own
+        held, seen, read = [], [], []
+        for n, segment in enumerate(self._segments(slots.lay(x), slots, memory)):
+            if segment.fresh:  # packed sequences stand in a row of their own
                 memory = {}
-            outputs.append(self.segment(slots[:, n], real[:, n], memory))
+            entries, y, found = self._read(segment, slots.one(n), memory)
+            held.append(entries)
+            seen.append(y)
+            read.append(found)
         if state is not None:
-            state.write(memory, length)
-        return segments.back(torch.cat(outputs, 1), length)
+            state.write({**memory, **_newest(held, slots)}, length)
+        y, found = torch.cat(seen, 1), join_heads(torch.cat(read, 1))
+        return slots.back(self.o_proj(self.seen_norm(y) * F.silu(self.read_norm(found))), length)
 
-    def segment(
-        self, x: Float[Tensor, "batch slots hidden"], real: Bool[Tensor, "batch slots"], memory: Memory
-    ) -> Float[Tensor, "batch slots hidden"]:
-        """Tokens that do not go beyond the end of a segment."""
-        place = (
-            real.cumsum(1) - 1 + memory.get("filled", real.new_zeros(len(x), dtype=torch.long))[:, None]
-        ).clamp_min(0)
-        layout = Layout(place)
-        slow = self.slow()
-        recalled = recall(self.rule, slow, unit(split_heads(self.r_proj(x), self.heads)), memory)
-        k, v = self._entries(join_heads(recalled), x, layout, real, memory)
-        seen = torch.arange(self.rule.refresh, device=x.device) <= place[..., None]
-        y = self.attention.masked(self.attention.queries(x, layout), k, v, torch.cat([seen, seen], -1))
+    def _segments(self, x: Float[Tensor, "batch slots hidden"], slots: Blocks, memory: Memory) -> Iterator[_Segment]:
+        """What does not depend on the memory's weights is worked out for all segments at once: a segment has to wait
+        for the one before it, so it should have few steps of its own."""
+        count, width, size = slots.count, slots.width, self.rule.refresh
+        place, inside = torch.arange(width, device=x.device)[None], torch.arange(size, device=x.device)
+        if width < size and "filled" in memory:  # a single token, which stands where the segment begun ends
+            place = memory["filled"][:, None]
+        here, everywhere = Layout(place), Layout(place.repeat(1, count))
+        asked = unit(split_heads(self.r_proj(x), self.heads)).split(width, 1)
+        q = self.attention.queries(x, everywhere).split(width, 2)
+        k, v = (t.split(width, 2) for t in self.attention.entries(x, everywhere))
+        mask = (inside <= place[..., None]).repeat(1, 1, 2)
+        slow, always = self.slow().to(exact(x)), self.attention.always()
+        fresh = torch.stack(slots.fresh).all(1).tolist() if slots.fresh else [False] * count
+        for n in range(count):
+            begun = None
+            if n == 0 and (width < size or "keys" in memory):
+                begun = inside == place if width < size else slots.real[:, :size]
+            yield _Segment(asked[n], q[n], k[n], v[n], here, mask, slow, always, fresh[n], begun)
+
+    def _read(
+        self, segment: _Segment, block: Blocks, memory: Memory
+    ) -> tuple[dict[str, Tensor], Float[Tensor, "batch slots hidden"], Float[Tensor, "batch slots heads dim"]]:
+        """Read one segment: its keys and values, what attention gave, and what the memory then answered."""
+        recalled = join_heads(recall(self.rule, segment.slow, segment.asked, memory))
+        entries = {}
+        pairs = zip(self.attention.entries(recalled, segment.layout), (segment.k, segment.v), strict=True)
+        for name, pair in zip(("keys", "values"), pairs, strict=True):
+            entries[name] = torch.cat(pair, 2)
+            if segment.begun is not None:  # the rest of the segment stands in the state
+                new, old = torch.stack(pair, 2), memory.get(name, pair[0].new_zeros(()))
+                old = old.unflatten(2, (2, -1)) if old.dim() else old
+                mine = segment.begun & block.real
+                entries[name] = torch.where(mine[:, None, None, :, None], new, old).flatten(2, 3)
+        y = self.attention.masked(segment.q, entries["keys"], entries["values"], segment.mask, segment.always)
         y = self.y_proj(y)
-        q, key, value = (F.silu(split_heads(f(y), self.heads)) for f in (self.q_proj, self.k_proj, self.v_proj))
-        lesson = self.lesson(unit(q), unit(key), value, y, real)
-        read = learn(self.rule, slow, lesson, memory, valid=real, within=True)
-        open_still = (memory["filled"] > 0)[:, None, None, None]
-        memory["keys"], memory["values"] = k * open_still, v * open_still
-        return self.o_proj(self.seen_norm(y) * F.silu(self.read_norm(join_heads(read))))
+        parts = F.silu(torch.stack([split_heads(f(y), self.heads) for f in (self.q_proj, self.k_proj, self.v_proj)]))
+        q, k = unit(parts[:2])
+        valid = None if block.full[0] is True else block.real
+        lesson = self.lesson(q, k, parts[2], y, valid)
+        return entries, y, learn(self.rule, segment.slow, lesson, memory, blocks=block)
 
-    def _entries(
-        self, recalled: Tensor, x: Tensor, layout: Layout, real: Tensor, memory: Memory
-    ) -> tuple[Tensor, Tensor]:
-        """Keys and values of the whole segment by slot, those of earlier passes among them: recalled, and tokens."""
-        size, width = self.rule.refresh, x.shape[1]
-        source = torch.arange(width, width + size + 1, device=x.device).repeat(len(x), 1)
-        new = torch.arange(width, device=x.device).expand(len(x), -1)
-        source = source.scatter(1, torch.where(real, layout.positions, size), new)[:, None, :size, None]
-        found = []
-        parts = zip(self.attention.entries(recalled, layout), self.attention.entries(x, layout), strict=True)
-        for name, pair in zip(("keys", "values"), parts, strict=True):
-            old = memory.get(name, pair[0].new_zeros(*pair[0].shape[:2], 2 * size, pair[0].shape[-1])).chunk(2, 2)
-            rows = [torch.cat([t, o], 2) for t, o in zip(pair, old, strict=True)]
-            at = source.expand(-1, self.heads, -1, rows[0].shape[-1])
-            found.append(torch.cat([t.gather(2, at) for t in rows], 2))
-        return found[0], found[1]
+
+def _newest(held: list[dict[str, Tensor]], slots: Blocks) -> dict[str, Tensor]:
+    """Keys and values of the segment that each row's last token is in; nothing if it ended."""
+    last = {name: [entries[name] for entries in held] for name in ("keys", "values")}
+    if slots.source is None:
+        found = {name: each[-1] for name, each in last.items()}
+    else:
+        real = slots.real.unflatten(1, (slots.count, slots.width)).any(2)
+        newest = (real * torch.arange(slots.count, device=real.device)).amax(1)
+        rows = torch.arange(len(real), device=real.device)
+        found = {name: torch.stack(each)[newest, rows] for name, each in last.items()}
+    begun = (slots.filled > 0)[:, None, None, None]
+    return {"filled": slots.filled} | {name: t * begun for name, t in found.items()}
 
 
 class TitansMAC(TitansBeside):

@@ -56,7 +56,6 @@ class Blocks:
         filled: Int[Tensor, " batch"] | None = None,
         valid: Bool[Tensor, "batch length"] | None = None,
         starts: Bool[Tensor, "batch length"] | None = None,
-        within: bool = False,
     ) -> Blocks:
         """Give every token its slot.
 
@@ -65,7 +64,6 @@ class Blocks:
             filled: tokens of the block that an earlier pass began; ``None``: no pass came before.
             valid: False at padding.
             starts: where packed sequences begin.
-            within: whether the tokens are known not to go beyond the end of a block.
         """
         keep = torch.arange(before, device=device)
         if length == 1 and starts is None:
@@ -85,7 +83,7 @@ class Blocks:
         if starts is None:
             exists = torch.ones(batch, length, dtype=torch.bool, device=device) if valid is None else valid
             slot = begun[:, None] + exists.cumsum(1) - 1
-            count = 1 if within else -(-(length + (size - 1 if filled is not None else 0)) // size)
+            count = -(-(length + (size - 1 if filled is not None else 0)) // size)
         else:
             exists = torch.ones_like(starts)
             place = torch.arange(length, device=device).expand_as(starts)
@@ -110,14 +108,21 @@ class Blocks:
         slot = slot.clamp_max(slots - 1)
         return cls(size, count, before, source, slot, real, full, fresh, end % size, end[:, None] + keep)
 
+    def one(self, n: int) -> Blocks:
+        """A block as a pass of its own, of tokens that were laid already; nothing before it is looked at."""
+        real = self.real[:, n * self.width : (n + 1) * self.width]
+        return Blocks(self.width, 1, 0, None, None, real, [self.full[n]], [], self.filled, self.last[:, :0])
+
     def lay(
         self, tensor: Float[Tensor, "batch length ..."], past: Float[Tensor, "batch before ..."] | None = None
     ) -> Float[Tensor, "batch places ..."]:
         """Tokens at their places, behind those kept of the past; zeros where there is nothing."""
         rest = tensor.shape[2:]
+        missing = self.count * self.width - tensor.shape[1]
+        if self.source is None and not self.before and not missing:
+            return tensor
         past = tensor.new_zeros(tensor.shape[0], self.before, *rest) if past is None else past
         if self.source is None:
-            missing = self.count * self.width - tensor.shape[1]
             return torch.cat([past, tensor, tensor.new_zeros(tensor.shape[0], missing, *rest)], 1)
         rows = torch.cat([tensor, tensor.new_zeros(tensor.shape[0], 1, *rest), past], 1)
         return _pick(rows, self.source)

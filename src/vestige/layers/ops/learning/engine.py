@@ -75,7 +75,7 @@ def learn(
     *,
     valid: Bool[Tensor, "batch length"] | None = None,
     starts: Bool[Tensor, "batch length"] | None = None,
-    within: bool = False,
+    blocks: Blocks | None = None,
 ) -> Float[Tensor, "batch length heads dim"]:
     """Let tokens teach the memory, and answer their queries.
 
@@ -85,24 +85,24 @@ def learn(
         held: what an earlier pass left, by name; it is brought up to date.
         valid: False at padding.
         starts: where packed sequences begin.
-        within: whether the tokens are known not to go beyond the end of a block.
+        blocks: the slots of the tokens, where they are known already; then ``valid`` and ``starts`` are in them.
     """
     kind, out = exact(lesson.v), lesson.v.dtype
     batch, length = lesson.v.shape[:2]
     with torch.autocast(lesson.v.device.type, enabled=False):
         lesson = lesson.to(kind)
-        slow = Slow([w.to(kind) for w in slow.start], slow.gain.to(kind), _to(slow.scale, kind))
-        blocks = Blocks.of(
-            rule.refresh,
-            batch,
-            length,
-            device=lesson.v.device,
-            before=rule.window - 1,
-            filled=held.get("filled"),
-            valid=valid,
-            starts=starts,
-            within=within,
-        )
+        slow = slow.to(kind)
+        if blocks is None:
+            blocks = Blocks.of(
+                rule.refresh,
+                batch,
+                length,
+                device=lesson.v.device,
+                before=rule.window - 1,
+                filled=held.get("filled"),
+                valid=valid,
+                starts=starts,
+            )
         brain = begin(rule, slow, lesson, held)
         newborn = begin(rule, slow, lesson, {}) if blocks.fresh else brain
         feature = Features.of(rule.feature, lesson.k.shape[-1], rule.degree, lesson.k)
@@ -134,18 +134,19 @@ def _pages(rule: Rule, lesson: Lesson, held: dict[str, Tensor], blocks: Blocks) 
     bound = None if lesson.bound is None else rows("bound", lesson.bound)[..., 0]
     q = blocks.cut(blocks.lay(lesson.q)[:, blocks.before :])
     real = blocks.cut(blocks.real[:, :, None, None].to(q.dtype))[..., 0]
-    step = real if lesson.step is None else gates(lesson.step)  # empty slots are zero in both
-    fade = _sums(gates(lesson.decay))
-    faded = _between(fade)
-    omega = rate[..., None, :] * real[..., :, None] * _band(blocks, rule.window, q)
-    if lesson.momentum is None:
-        heap, along = omega, None
+    step = real if lesson.step is None else gates(lesson.step)  # empty slots are zero in both, and in rates
+    logs = [gates(t) for t in (lesson.decay, lesson.momentum) if t is not None]
+    sums = _sums(torch.stack(logs))  # of both at once: where texts are short, what counts is how many steps there are
+    (faded, *flowed), (into, *alongs) = _between(sums), sums.exp()
+    if rule.window == 1:
+        heap = rate[..., None, :] * flowed[0] if flowed else torch.diag_embed(rate)
     else:
-        flow = _sums(gates(lesson.momentum))
-        heap, along = _between(flow) @ omega, flow.exp()
+        heap = rate[..., None, :] * real[..., :, None] * _band(blocks, rule.window, q)
+        heap = flowed[0] @ heap if flowed else heap
+    along = alongs[0] if alongs else None
     take = faded * step[..., None, :]
     carry = None if along is None else (take @ along[..., None])[..., 0]
-    into, within = fade.exp(), take @ heap
+    within = take @ heap
     left = torch.stack([t[..., -1] for t in (into, carry, along) if t is not None], 1)
     parts = {"q": q, "k": k, "v": v, "bound": bound, "into": into, "carry": carry, "along": along, "left": left}
     parts |= {"within": within, "heap": heap, "take": take, "share": within[..., -1, :], "pile": heap[..., -1, :]}
@@ -157,12 +158,12 @@ def recall(
     rule: Rule, slow: Slow, q: Float[Tensor, "batch length heads dim"], held: dict[str, Tensor]
 ) -> Float[Tensor, "batch length heads dim"]:
     """Answer queries with the weights at the beginning of the block, and learn nothing."""
-    kind, out, layers = exact(q), q.dtype, range(len(slow.start))
+    kind, out = exact(q), q.dtype
     with torch.autocast(q.device.type, enabled=False):
-        start = [rule.retention.weights(w.to(kind)) for w in slow.start]
-        point = [held.get(f"point.{index}", start[index]) for index in layers]
+        slow = slow.to(kind)
+        point = [held[f"point.{index}"] for index in range(len(slow.start)) if f"point.{index}" in held]
+        point = point or [rule.retention.weights(w) for w in slow.start]
         q = q.to(kind).transpose(1, 2)
-        slow = Slow(start, slow.gain.to(kind), _to(slow.scale, kind))
         x = slow.seen(Features.of(rule.feature, q.shape[-1], rule.degree, q), q)
         read, _ = rule.memory.run(x, q, slow.gain, lambda index, t: t @ point[index])
         return read.transpose(1, 2).to(out)
@@ -289,7 +290,3 @@ def _band(
         return band
     old = F.pad(like.new_ones(blocks.before), (0, blocks.width))
     return band * (1 - old * torch.stack(blocks.fresh)[:, :, None, None, None].to(like.dtype))
-
-
-def _to(tensor: Tensor | None, kind: torch.dtype) -> Tensor | None:
-    return None if tensor is None else tensor.to(kind)

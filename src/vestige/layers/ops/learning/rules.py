@@ -85,6 +85,11 @@ class Slow:
     gain: Float[Tensor, "heads 1 dim"]
     scale: Float[Tensor, " degrees"] | None = None
 
+    def to(self, kind: torch.dtype) -> Slow:
+        """The same in another type."""
+        scale = None if self.scale is None else self.scale.to(kind)
+        return Slow([weight.to(kind) for weight in self.start], self.gain.to(kind), scale)
+
     def seen(self, feature: Features | None, x: Float[Tensor, "... dim"]) -> Float[Tensor, "... inputs"]:
         """What the first layer sees of keys or queries."""
         return x if feature is None or self.scale is None else feature(x, self.scale)
