@@ -12,11 +12,13 @@ loads take turns from the middle on. ``accuracy`` is that on rows with the most 
 block holds after one of them, in float32.
 
 ``language``: State of the Union addresses, byte-pair tokens, the last twentieth held out and read in pieces; all blocks
-are of the mixer, or of the pattern that is named. Float32, on CUDA with TF32 products.
+are of the mixer, or of the pattern that is named. They learn in bfloat16 on weights in float32 (``--precision``), so
+that kernels serve; what is held out is read, and bytes are counted, in float32, on CUDA with TF32 products.
 
 All models of one size have the same number of parameters (what a mixer takes, the channel mixers give) and see the
 same tokens. ``--together`` of them take turns in each process; on CUDA steps are captured as graphs. Rows are added to
-``--out`` as they come; what stands there is not measured again, so a run may be killed at any moment.
+``--out`` as they come; what stands there is not measured again, so a run may be killed at any moment. With ``--parts``
+models that are not done after ``--minutes`` go on in the next run.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 from typing import Any, cast
@@ -41,7 +44,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from transformers.utils import logging
 
-from vestige.core.files import write_whole
+from vestige.core.files import drafted, write_whole
 from vestige.evidence.budgets import label
 from vestige.evidence.data.text import read_source
 from vestige.evidence.descent import Descent
@@ -78,6 +81,7 @@ LANGUAGE = (
 )
 WIDTHS = (64, 32, 128)
 ROOM = 4  # tokens of a row for each of its pairs
+PATIENCE = 60  # seconds after the end until a process that does not stop is stopped
 TOKENS, COUNTS = "tokens.safetensors", "counts.json"
 ASKED_APART = 2**32  # the rows of an examination come from seeds above this
 
@@ -90,6 +94,7 @@ def cells_of(given: argparse.Namespace) -> Iterator[dict[str, Any]]:
         widths = given.widths
     else:
         same = {name: getattr(given, name) for name in ("text", "vocabulary", "layers", "length", "rows", "steps")}
+        same |= {"precision": given.precision}
         mixers, widths = LANGUAGE, [given.width]
     tuned = best_rates(given.tuned)
     for width, blocks in itertools.product(widths, given.mixers or mixers):
@@ -127,10 +132,9 @@ def recall_lesson(cell: dict[str, Any], device: torch.device) -> Descent:
     wanted = parameters_of(VestigeConfig(blocks=[FRONT, "softmax"], intermediate_size=5 * width, **sizes))
     torch.manual_seed(cell["seed"])
     model = VestigeLM(of_size(wanted, blocks=[FRONT, cell["blocks"]], **sizes)).to(device).train()
-    step = itertools.count()
 
     def draw(chance: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-        number = next(step)
+        number = lesson.done
         opened = opened_at(number / cell["steps"], len(loads))
         task = tasks[number % opened]
         some = min(cell["keys"], ROOM * loads[opened - 1])  # few keys at first: their mechanism is found sooner
@@ -141,7 +145,8 @@ def recall_lesson(cell: dict[str, Any], device: torch.device) -> Descent:
     def loss(tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         return tasks[0].loss(model(tokens).logits, targets)
 
-    return Descent(model, draw, loss, steps=cell["steps"], rate=cell["rate"], seed=cell["seed"])
+    lesson = Descent(model, draw, loss, steps=cell["steps"], rate=cell["rate"], seed=cell["seed"])
+    return lesson
 
 
 def opened_at(share: float, loads: int) -> int:
@@ -218,7 +223,9 @@ def language_lesson(cell: dict[str, Any], device: torch.device, folder: Path) ->
         return (ids[starts + places],)
 
     def loss(block: torch.Tensor) -> torch.Tensor:
-        return F.cross_entropy(model(block[:, :-1]).logits.flatten(0, 1), block[:, 1:].flatten())
+        with torch.autocast(device.type, torch.bfloat16, enabled=cell["precision"] == "bfloat16"):
+            logits = model(block[:, :-1]).logits
+        return F.cross_entropy(logits.float().flatten(0, 1), block[:, 1:].flatten())
 
     return Descent(model, draw, loss, steps=cell["steps"], rate=cell["rate"], seed=cell["seed"])
 
@@ -253,9 +260,34 @@ def prepare(text: str, vocabulary: int, folder: Path) -> None:
     write_whole(folder / COUNTS, json.dumps(counts))
 
 
-def work(job: tuple[str, list[dict[str, Any]], str | None]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-    """Models that take turns, in a process of their own; what fails is told and no row."""
-    kind, cells, folder = job
+@dataclass(frozen=True)
+class Job:
+    """Models that take turns in a process of their own.
+
+    Attributes:
+        kind: what they learn.
+        cells: the models.
+        folder: the text, or where trained models are kept.
+        parts: where those are left that are not done in time.
+        end: then they stop, in seconds of :func:`time.time`.
+    """
+
+    kind: str
+    cells: list[dict[str, Any]]
+    folder: str | None
+    parts: Path | None
+    end: float
+
+    def part(self, cell: dict[str, Any]) -> Path | None:
+        """The file of a model that is not done."""
+        return self.parts and self.parts / f"{cell_key(self.kind, **cell)}.safetensors"
+
+
+def work(job: Job) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """What is found of those that are done in time; what fails is told and no row."""
+    if time.time() > job.end:
+        return []
+    kind, cells, folder = job.kind, job.cells, job.folder
     torch.set_num_threads(1)
     logging.disable_progress_bar()
     if kind == "language":
@@ -269,14 +301,22 @@ def work(job: tuple[str, list[dict[str, Any]], str | None]) -> list[tuple[dict[s
                 if kind == "recall"
                 else language_lesson(cell, device, Path(cast("str", folder)))
             )
+            if (part := job.part(cell)) and part.is_file():
+                descents[number].go_on(load_file(part))
     while left := [n for n, one in descents.items() if n not in found and one.done < one.steps]:
+        if time.time() > job.end:
+            for number in left:
+                if part := job.part(cells[number]):
+                    with drafted(part) as draft:
+                        save_file(descents[number].tensors(), draft)
+            break
         for number in left:
             with told(found, number):
                 descents[number].step()
-    for number in [number for number in descents if number not in found]:
+    for number in [n for n, one in descents.items() if n not in found and one.done == one.steps]:
         with told(found, number):
             found[number] = looked_at(kind, cells[number], descents[number], folder)
-    return [(cell, found[number]) for number, cell in enumerate(cells)]
+    return [(cells[number], one) for number, one in sorted(found.items())]
 
 
 @contextlib.contextmanager
@@ -309,7 +349,7 @@ def named(cell: dict[str, Any]) -> str:
 
 def measure(given: argparse.Namespace, cells: list[dict[str, Any]]) -> None:
     """Measure the cells that the ledger lacks, several at once, until all are there or time is up."""
-    end = time.monotonic() + 60 * given.minutes
+    end = time.time() + 60 * given.minutes
     record, device = Record(given.out), device_name(find_device("auto"))  # type: ignore[arg-type]
 
     def key(cell: dict[str, Any]) -> str:
@@ -323,13 +363,13 @@ def measure(given: argparse.Namespace, cells: list[dict[str, Any]]) -> None:
             prepare(given.text, given.vocabulary, Path(scratch))
         folder = scratch if given.what == "language" else given.keep
         with multiprocessing.get_context("spawn").Pool(given.workers) as pool:
-            done = pool.imap_unordered(work, [(given.what, group, folder) for group in groups])
-            for number in range(len(groups)):
+            jobs = [Job(given.what, group, folder, given.parts, end) for group in groups]
+            done = pool.imap_unordered(work, jobs)
+            for number in range(len(jobs)):
                 try:
-                    seen = done.next(timeout=max(0.0, end - time.monotonic()))
+                    seen = done.next(timeout=max(0.0, end + PATIENCE - time.time()))
                 except multiprocessing.TimeoutError:
-                    print(f"time is up after {number} of {len(groups)} groups", flush=True)
-                    return
+                    break  # a process that died, or cannot stop
                 for cell, found in seen:
                     score = found.get("error") or {k: round(v, 4) for k, v in found.items() if isinstance(v, float)}
                     where = f"width {cell['width']}, rate {cell['rate']:g}, seed {cell['seed']}:"
@@ -338,6 +378,9 @@ def measure(given: argparse.Namespace, cells: list[dict[str, Any]]) -> None:
                         mixers = sorted({block.mixer.name for block, _ in parse_blocks(cell["blocks"])})
                         names = {"mixer": named(cell), "mixers": mixers}
                         record.store(key(cell), study=f"layers-{given.what}", **names, **cell, **found)
+                        if part := jobs[0].part(cell):
+                            part.unlink(missing_ok=True)
+    print(f"{sum(key(cell) not in record.known for cell in cells)} cells are left", flush=True)
 
 
 def arguments() -> argparse.Namespace:
@@ -347,6 +390,7 @@ def arguments() -> argparse.Namespace:
     for way in (one, other):
         way.add_argument("--out", type=Path, required=True, help="the ledger, a file of JSON lines")
         way.add_argument("--minutes", type=float, default=600.0, help="stop after so many")
+        way.add_argument("--parts", type=Path, help="folder in which models are left that are not done by then")
         way.add_argument("--workers", type=int, default=1, help="processes")
         way.add_argument("--together", type=int, default=1, help="models that take turns in each of them")
         way.add_argument("--mixers", nargs="+", help="blocks to measure instead of the list of this file")
@@ -364,6 +408,7 @@ def arguments() -> argparse.Namespace:
     one.add_argument("--widths", type=int, nargs="+", default=list(WIDTHS))
     one.add_argument("--pairs", type=int, nargs="+", default=[4, 8, 16, 32, 64], help="in a row, rising")
     one.add_argument("--keep", help="folder for the smallest trained models of seed 0, with cards")
+    other.add_argument("--precision", choices=("bfloat16", "float32"), default="bfloat16", help="of products")
     other.add_argument("--text", default="sotu", help="see vestige.evidence.data.text.SOURCES")
     return parser.parse_args()
 

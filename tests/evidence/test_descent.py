@@ -40,11 +40,28 @@ def test_in_turns_is_one_by_one() -> None:
         assert all(torch.equal(a, b) for a, b in zip(net.parameters(), alone.parameters(), strict=True))
 
 
+def test_one_that_goes_on_does_what_the_other_would_have_done() -> None:
+    whole, first, second = (descent(model(1), 3) for _ in range(3))
+    due = descend_together([whole])[0]
+    for _ in range(STEPS // 2):
+        first.step()
+    held = first.tensors()
+    first.step()  # what was given stays as it was
+    second.go_on(held)
+    assert second.done == STEPS // 2
+    assert descend_together([second])[0] == due
+    assert all(torch.equal(a, b) for a, b in zip(second.model.parameters(), whole.model.parameters(), strict=True))
+
+
 def test_what_cannot_go_on_is_refused() -> None:
     one = descent(model(0), 0, 1)
     one.step()
     with pytest.raises(TrainingError, match="all 1 steps are done"):
         one.step()
+    with pytest.raises(TrainingError, match="1 steps are done here"):
+        one.go_on(one.tensors())
+    with pytest.raises(TrainingError, match="another model"):
+        descent(nn.Sequential(nn.Linear(3, 1)), 0).go_on(one.tensors())
     net = model(0)
     lost = Descent(net, draw, lambda x, y: net(x).mean() * torch.inf, steps=2, rate=RATE, seed=0)
     with pytest.raises(TrainingError, match="step 1 of 2"):

@@ -153,6 +153,17 @@ def test_the_first_stage_touches_only_what_attention_lacks():
         assert torch.equal(weight, before[f"1.{name}"]) == (id(weight) not in fresh)
 
 
+def test_weights_in_half_precision_learn_by_small_steps():
+    """Forty steps of at most 1e-4 from 1: each alone is less than what bfloat16 can tell apart."""
+    model = model_of("llama").to(torch.bfloat16)
+    swap = convert(model, SMALL, layers="1")
+    features = swap.modules[0].layer.k_features
+    before = features.detach().clone()
+    distill(swap, ids(), match_steps=40, tune_steps=0, match_rate=1e-4)
+    assert features.dtype == torch.bfloat16
+    assert 0 < (features - before).abs()[before == 1].max() < 0.005
+
+
 @pytest.mark.parametrize(
     ("layers", "mixer", "error", "words"),
     [

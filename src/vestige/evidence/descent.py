@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -142,6 +142,44 @@ class Descent:
         for step, found in enumerate(seen):
             _check(found, step, self.steps)
         return seen
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that the steps to come depend on, copied to the CPU; what :meth:`go_on` takes."""
+        if self.stream is not None:
+            self.stream.synchronize()
+        held = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
+        for number, found in self.optimiser.state_dict()["state"].items():
+            held |= {f"optimiser.{number}.{name}": torch.as_tensor(value) for name, value in found.items()}
+        held |= {"chance": self.chance.get_state(), "seen": self.seen[: self.done]}
+        return {name: tensor.detach().cpu().clone() for name, tensor in held.items()}
+
+    def go_on(self, held: Mapping[str, Tensor]) -> None:
+        """Go on where another of the same model, data and steps was when it gave its :meth:`tensors`.
+
+        Raises:
+            TrainingError: steps were begun here already, or what is given is of another model.
+        """
+        if self.done:
+            raise TrainingError(f"{self.done} steps are done here; only one that has not begun can go on for another")
+        parts: dict[str, dict[str, Tensor]] = {"model": {}, "optimiser": {}}
+        for name, tensor in held.items():
+            whose, _, rest = name.partition(".")
+            if rest:
+                parts[whose][rest] = tensor
+        state: dict[int, dict[str, Tensor]] = defaultdict(dict)
+        for name, tensor in parts["optimiser"].items():
+            number, _, what = name.partition(".")
+            state[int(number)][what] = tensor
+        try:
+            self.model.load_state_dict(parts["model"])
+        except RuntimeError as error:
+            raise TrainingError(f"what is given is of another model: {error}") from None
+        self.optimiser.load_state_dict({**self.optimiser.state_dict(), "state": dict(state)})
+        self.chance.set_state(held["chance"])
+        self.done = len(held["seen"])
+        self.seen[: self.done] = held["seen"].to(self.device)
+        if self.stream is not None:
+            torch.cuda.synchronize(self.device)
 
     def _set_rate(self, rate: float) -> None:
         for group in self.optimiser.param_groups:

@@ -102,16 +102,16 @@ def _match(
     """Layers learn what attention gave; each is given what came to it in the original model."""
     weights = [weight for part in conversion.modules for weight in part.fresh()]
     losses: list[float] = []
-    seen: dict[int, float] = {}
+    seen: dict[int, Tensor] = {}  # read when a pass is over, so that no layer waits for the one before
     if not steps or not weights:
-        return losses, seen
+        return losses, {}
 
     def compare(part: ConvertedAttention, x: Tensor, given: dict[str, Any]) -> Any:
         due = part.original(x, **given)
         with torch.enable_grad():
             missed = (part.mix(x, given) - due[0]).float().square().mean() / due[0].float().square().mean()
             missed.backward()
-        seen[part.layer_idx] = missed.item()
+        seen[part.layer_idx] = missed.detach()
         return due
 
     with _learning(weights, steps, rate) as step:
@@ -120,13 +120,13 @@ def _match(
             for number, block in enumerate(rows, 1):
                 with torch.no_grad():
                     _base(conversion.model)(block, use_cache=False)
-                losses.append(sum(seen.values()) / len(seen))
+                losses.append(float(torch.stack(list(seen.values())).mean()))
                 step(losses[-1])
                 if tell:
                     tell("match", number, steps, losses[-1])
         finally:
             conversion.current.watch = None
-    return losses, dict(seen)
+    return losses, {layer: float(missed) for layer, missed in seen.items()}
 
 
 def _tune(
@@ -160,10 +160,15 @@ def _tune(
 
 @contextmanager
 def _learning(weights: Sequence[nn.Parameter], steps: int, rate: float) -> Iterator[Callable[[float], None]]:
-    """What is called with the loss after each backward pass, while some weights can be trained."""
+    """What is called with the loss after each backward pass, while some weights can be trained.
+
+    Weights in half precision learn through copies in float32: a step is often less than what they can tell apart.
+    """
     from transformers import get_cosine_with_min_lr_schedule_with_warmup
 
-    optimizer = torch.optim.AdamW(weights, lr=rate, betas=BETAS, eps=EPS, weight_decay=0.0)
+    masters = [weight if weight.dtype.itemsize > 2 else weight.detach().float() for weight in weights]
+    copied = [(master, weight) for master, weight in zip(masters, weights, strict=True) if master is not weight]
+    optimizer = torch.optim.AdamW(masters, lr=rate, betas=BETAS, eps=EPS, weight_decay=0.0)
     schedule = get_cosine_with_min_lr_schedule_with_warmup(
         optimizer, num_warmup_steps=round(WARMUP * steps), num_training_steps=steps, min_lr_rate=FLOOR
     )
@@ -171,10 +176,15 @@ def _learning(weights: Sequence[nn.Parameter], steps: int, rate: float) -> Itera
     def step(loss: float) -> None:
         if loss != loss or loss in (float("inf"), -float("inf")):
             raise TrainingError(f"the loss is {loss}; the weights are those of the step before. Try a lower rate")
-        nn.utils.clip_grad_norm_(weights, CLIP)
+        for master, weight in copied:
+            master.grad, weight.grad = None if weight.grad is None else weight.grad.float(), None
+        nn.utils.clip_grad_norm_(masters, CLIP)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
+        with torch.no_grad():
+            for master, weight in copied:
+                weight.copy_(master)
 
     for weight in weights:
         weight.requires_grad_(True)
