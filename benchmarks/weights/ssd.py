@@ -13,7 +13,8 @@ on how many patches an image is cut into: few leave a batch of one to wait for m
 
 Memory is looked at in a process of its own, both sides in one call: the most that is held while erasing (alpha chosen
 automatically, which needs the most), in copies of the weights, these included; with batches of one it is what the
-method itself holds. On a GPU the most that was held while the time was taken is noted too.
+method itself holds. On a CPU the allocator is asked to give back at once what is freed. On a GPU the most that was held
+while the time was taken is noted too.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import functools
 import importlib.util
 import io
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -216,7 +218,8 @@ def look_at_memory(args: argparse.Namespace) -> None:
     more: list[int] = []
     with highest(args.device, more):
         work(model)
-    print(json.dumps({"copies": 1 + more[0] / weights, "weights_bytes": weights}))
+    tokens = (IMAGES["image_size"] // max(args.patches)) ** 2 + 1
+    print(json.dumps({"tokens": tokens, "copies": 1 + more[0] / weights, "weights_bytes": weights}))
 
 
 def memory(side: str, estimator: str, batch: int, args: argparse.Namespace) -> dict[str, Any]:
@@ -231,7 +234,8 @@ def memory(side: str, estimator: str, batch: int, args: argparse.Namespace) -> d
         estimator,
         str(batch),
     ]
-    said = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]
+    given_back = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**18)}
+    said = subprocess.run(command, check=True, capture_output=True, text=True, env=given_back).stdout.splitlines()[-1]
     return json.loads(said)
 
 
@@ -241,6 +245,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=48)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--patches", type=int, nargs="+", default=[4, 7, 14], help="sides of the patches")
+    parser.add_argument("--estimators", choices=ESTIMATORS, nargs="+", default=ESTIMATORS)
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--memory", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -266,7 +271,7 @@ def main() -> None:
             functools.partial(timed, peer, estimator, patch, args),
         )
         for patch in args.patches
-        for estimator in ESTIMATORS
+        for estimator in args.estimators
     ]
     for key, work in works:
         if not sheet.has(**key) and not clock.over:

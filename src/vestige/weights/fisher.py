@@ -19,8 +19,9 @@ __all__ = ["diagonal"]
 
 BLOCK = 32 << 20
 """Bytes of gradients of single rows that are held at once, of one weight; no more than a quarter of all weights."""
-ROOM, LEAST_ROOM = 1.5, 16 << 20
-"""What rows that are looked at together may take besides: so many times the weights; at least so many bytes."""
+ROOM, HOST_ROOM, LEAST_ROOM = 1.5, 0.75, 16 << 20
+"""What rows that are looked at together may take besides: so many times the weights, of which a GPU needs more to be
+busy than a processor; at least so many bytes."""
 
 Loss = Callable[[Any, Mapping[str, Tensor]], Tensor]
 
@@ -96,7 +97,8 @@ class _Squares:
         whole = sum(p.nbytes for p in self.leaves.values())
         # Of the other weights there are a copy, its gradient and its square for each row.
         each = saved + 3 * sum(self.leaves[name].nbytes for name in self.others)
-        return max(1, int(max(ROOM * whole, LEAST_ROOM)) // max(1, each))
+        share = HOST_ROOM if next(iter(self.leaves.values())).device.type == "cpu" else ROOM
+        return max(1, int(max(share * whole, LEAST_ROOM)) // max(1, each))
 
     def add(self, rows: Mapping[str, Tensor]) -> bool:
         """Add some rows; whether that was done, or has to be tried again with what was found out."""
