@@ -117,7 +117,7 @@ def test_rows_that_are_looked_at_together_fit_into_the_room(monkeypatch):
     assert work.add({key: value[:1] for key, value in rows.items()})
     # What one row took: its copies three times, and what was kept of it for the backward pass.
     copies = sum(work.leaves[name].nbytes for name in work.others)
-    assert work.rows <= max(1, fisher.ROOM * sum(p.nbytes for p in model.parameters()) / (3 * copies))
+    assert work.rows <= max(1, fisher.HOST_ROOM * sum(p.nbytes for p in model.parameters()) / (3 * copies))
     monkeypatch.setattr(fisher, "LEAST_ROOM", 1 << 30)
     work.rows = 1
     assert work.add({key: value[:1] for key, value in rows.items()})
