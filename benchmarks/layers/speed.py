@@ -77,7 +77,7 @@ class Case:
 
     def paths(self, name: str) -> list[str]:
         """By what it can be computed."""
-        if name in ("softmax", "sliding-window"):
+        if name == "softmax":
             return ["ours"]
         with torch.no_grad():
             served = self.drive is not None and fla.serves(self.drive)

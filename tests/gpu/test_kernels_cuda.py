@@ -267,8 +267,8 @@ def test_slopes_of_a_memory(shape):
     ("name", "compiled"),
     [
         *((name, False) for name in ("aaren", "gla", "sparse-state-expansion", "local-linear-attention", "titans")),
-        *((name, False) for name in ("delta-net", "gated-delta-net")),
-        *((name, True) for name in ("aaren", "gla", "local-linear-attention")),
+        *((name, False) for name in ("delta-net", "gated-delta-net", "sliding-window", "lizard", "titans-mag")),
+        *((name, True) for name in ("aaren", "gla", "local-linear-attention", "sliding-window", "lizard")),
     ],
 )
 def test_layers_take_the_kernels(name, compiled):

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from vestige.evidence.certify import certify
 from vestige.layers.channels.base import Channel
 from vestige.layers.mixers.base import Mixer
-from vestige.layers.ops import fla
+from vestige.layers.ops import fla, flash_window
 from vestige.layers.ops.recurrence import Drive, chunked, recurrence, step
 from vestige.layers.ops.windowed_attention import windowed_attention
 from vestige.models import VestigeConfig, VestigeLM
@@ -112,14 +112,31 @@ def test_one_step_of_half_precision():
     assert relative(step(one)[0], step(due)[0]) < 1e-2
 
 
-@pytest.mark.parametrize("length", [1, 100, 3000])
-def test_windows(length):
+@pytest.mark.parametrize("past", [0, 70])
+@pytest.mark.parametrize("case", ["plain", "sink", "always"])
+@pytest.mark.parametrize(("length", "window", "dim"), [(1, 128, 64), (100, 128, 64), (3000, 128, 128), (300, 7, 40)])
+def test_windows(length, window, dim, case, past):
+    """Whatever computes them, answers and slopes in half precision are near those in float64."""
     torch.manual_seed(0)
-    q = torch.randn(2, 8, length, 64, device="cuda", dtype=torch.bfloat16)
-    k, v = (torch.randn(2, 2, length, 64, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    mine = windowed_attention(q, k, v, window=128, scaling=0.125)
-    due = windowed_attention(*(t.double() for t in (q, k, v)), window=128, scaling=0.125)
-    assert relative(mine, due) < 1e-2
+    held = length + past
+    shapes = {"query": (2, 8, length, dim), "key": (2, 2, held, dim), "value": (2, 2, held, dim)}
+    if case == "sink":
+        shapes["sink"] = (8,)
+    if case == "always":
+        shapes |= {"asked": (2, 8, length, 24), "keys": (2, 4, 24), "values": (2, 4, dim)}
+    parts = {name: torch.randn(shape, device="cuda").bfloat16() for name, shape in shapes.items()}
+    weight = torch.randn(2, 8, length, dim, device="cuda", dtype=torch.float64)
+
+    def run(kind):
+        given = {name: t.detach().to(kind).requires_grad_() for name, t in parts.items()}
+        q, k, v, *rest = given.values()
+        more = {"sink": rest[0]} if case == "sink" else {"always": tuple(rest) if case == "always" else None}
+        out = windowed_attention(q, k, v, window=window, scaling=dim**-0.5, **more)
+        return out, *torch.autograd.grad((out * weight).sum(), list(given.values()))
+
+    assert flash_window.serves(parts["query"], parts["value"]) == (length >= flash_window.FEWEST)
+    for here, there in zip(run(torch.bfloat16), run(torch.float64), strict=True):
+        assert relative(here, there) < 3e-2
 
 
 @pytest.mark.parametrize("name", [*names_of(Mixer), *names_of(Channel)])

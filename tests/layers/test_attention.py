@@ -11,6 +11,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from vestige.errors import InputError
 from vestige.layers.layout import Layout, positions_of, starts_of
 from vestige.layers.mixers.softmax import Softmax
+from vestige.layers.ops import flash_window
 from vestige.layers.ops import windowed_attention as module
 from vestige.layers.ops.windowed_attention import windowed_attention
 from vestige.layers.parts import ShortConvolution, rotate, unit
@@ -57,6 +58,57 @@ def test_no_window_reaches_into_another_sequence():
     sequence = starts_of(torch.tensor([0, 5, 6, 16, 21]), 21).cumsum(1)
     mine = windowed_attention(q, k, v, window=4, scaling=1.0, sequence=sequence)
     torch.testing.assert_close(mine, written_out(q, k, v, 4, 1.0, sequence=sequence), atol=1e-12, rtol=0)
+
+
+def window_alone(q, k, v, window, scaling):
+    """What the kernels give, written out: answers, and the logarithm of the sum of weights."""
+    group, length, held = q.shape[1] // k.shape[1], q.shape[2], k.shape[2]
+    gap = torch.arange(held)[None, :] - torch.arange(held - length, held)[:, None]
+    k, v = (t.repeat_interleave(group, 1) for t in (k, v))
+    logits = (scaling * q @ k.mT).masked_fill((gap > 0) | (gap <= -window), -torch.inf)
+    return logits.softmax(-1) @ v, logits.logsumexp(-1), logits
+
+
+@pytest.mark.parametrize("case", ["plain", "sink", "always", "both"])
+def test_what_all_queries_see_beside_the_kernels(case, monkeypatch):
+    """Answers and slopes are those of the portable form, where kernels know of the window alone and, going back, are
+    given the whole output and sum of weights."""
+    torch.manual_seed(0)
+
+    def forward(q, k, v, window, scaling):
+        return *window_alone(q, k, v, window, scaling)[:2], []
+
+    def backward(slope, q, k, v, out, weight, random, window, scaling):
+        *_, logits = window_alone(q, k, v, window, scaling)
+        group = q.shape[1] // k.shape[1]
+        wide_k, wide_v = (t.repeat_interleave(group, 1) for t in (k, v))
+        share = (logits - weight[..., None]).exp()
+        back = scaling * share * (slope @ wide_v.mT - (slope * out).sum(-1, keepdim=True))
+        both = (t.unflatten(1, (-1, group)).sum(2) for t in (back.mT @ q, share.mT @ slope))
+        return [back @ wide_k, *both]
+
+    monkeypatch.setattr(flash_window, "_forward", forward)
+    monkeypatch.setattr(flash_window, "_backward", backward)
+    shapes = {"query": (2, 4, 9, 6), "key": (2, 2, 11, 6), "value": (2, 2, 11, 6), "sink": (4,)}
+    shapes |= {"asked": (2, 4, 9, 3), "keys": (2, 5, 3), "values": (2, 5, 6)}
+    parts = {name: torch.randn(shape, dtype=torch.float64, requires_grad=True) for name, shape in shapes.items()}
+    q, k, v, sink, *always = parts.values()
+    given = {
+        "sink": sink if case in ("sink", "both") else None,
+        "always": tuple(always) if case in ("always", "both") else None,
+    }
+    found = []
+    for form in (flash_window.by_flash, module.by_blocks):
+        out = form(q, k, v, window=4, scaling=0.7, **given)
+        slopes = torch.autograd.grad(out.square().sum(), list(parts.values()), allow_unused=True)
+        found.append([out, *(t for t in slopes if t is not None)])
+    assert len(found[0]) == {"plain": 4, "sink": 5, "always": 7, "both": 8}[case]
+    torch.testing.assert_close(*found, atol=1e-12, rtol=1e-9)
+
+
+def test_which_windows_the_kernels_are_given():
+    """None on a CPU."""
+    assert not flash_window.serves(*(torch.randn(1, 2, 64, 16, dtype=torch.bfloat16) for _ in range(2)))
 
 
 @pytest.mark.parametrize("allowed", [True, False])

@@ -45,8 +45,8 @@ class TitansBeside(TitansMemory):
 class PersistentAttention(nn.Module):
     """Queries, keys and values with rotary positions, and persistent tokens, which stand nowhere.
 
-    A head has its channels twice: turned by the position for the text's tokens, and as they are for the persistent
-    ones; a key has zeros in the half that is not its own.
+    A query has its channels twice: turned by the position for the text's tokens, and as they are for the persistent
+    ones.
     """
 
     def __init__(self, size: int, heads: int, persistent: int, theta: float) -> None:
@@ -61,11 +61,10 @@ class PersistentAttention(nn.Module):
         if self.persistent is not None:
             init.normal_(self.persistent, std=1.0)
 
-    def queries(self, x: Tensor, layout: Layout) -> Float[Tensor, "batch heads length dim"]:
-        """Queries of tokens."""
+    def queries(self, x: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+        """Queries of tokens, turned and as they are, ``(batch, heads, length, dim)``."""
         q = split_heads(self.q_proj(x), self.heads)
-        turned = rotate(q, layout, self.theta)
-        return (turned if self.persistent is None else torch.cat([turned, q], -1)).transpose(1, 2)
+        return rotate(q, layout, self.theta).transpose(1, 2), q.transpose(1, 2)
 
     def entries(self, x: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
         """Keys, turned, and values of tokens, ``(batch, heads, length, dim)``."""
@@ -77,31 +76,27 @@ class PersistentAttention(nn.Module):
         if self.persistent is None:
             return None
         k, v = (split_heads(f(self.persistent), self.heads).transpose(0, 1) for f in (self.k_proj, self.v_proj))
-        return F.pad(k, (k.shape[-1], 0)), v
-
-    def widened(self, k: Tensor) -> Tensor:
-        """Keys of the text with zeros where the persistent ones have theirs."""
-        return k if self.persistent is None else F.pad(k, (0, k.shape[-1]))
+        return k, v
 
     def window(
         self, x: Float[Tensor, "batch length hidden"], layout: Layout, memory: Memory, window: int
     ) -> Float[Tensor, "batch length hidden"]:
         """Attend to the last tokens; ``memory`` keeps the ``keys`` and ``values`` of as many but one."""
-        q, (k, v) = self.queries(x, layout), self.entries(x, layout)
+        (turned, plain), (k, v), always = self.queries(x, layout), self.entries(x, layout), self.always()
         if "keys" in memory:
             k, v = torch.cat([memory["keys"], k], 2), torch.cat([memory["values"], v], 2)
         first = max(0, k.shape[2] - (window - 1))
         memory["keys"], memory["values"] = k[:, :, first:], v[:, :, first:]
         valid = None if layout.held is None else layout.held[:, layout.held.shape[1] - k.shape[2] :]
         read = windowed_attention(
-            q,
-            self.widened(k),
+            turned,
+            k,
             v,
             window=window,
             scaling=self.scaling,
             valid=valid,
             sequence=layout.sequence,
-            always=self.always(),
+            always=None if always is None else (plain, *always),
         )
         return join_heads(read.transpose(1, 2))
 
@@ -113,11 +108,12 @@ class PersistentAttention(nn.Module):
         seen: Bool[Tensor, "rows length held"],
         always: tuple[Tensor, Tensor] | None,
     ) -> Float[Tensor, "batch length hidden"]:
-        """Attend to entries by a mask, and to the persistent tokens."""
-        k = self.widened(k)
+        """Attend to entries by a mask, and to the persistent tokens; queries are turned, and behind these as they are,
+        where there are such tokens."""
         if always is not None:
-            more_k, more_v = (t.expand(k.shape[0], -1, -1, -1) for t in always)
-            k, v = torch.cat([more_k, k], 2), torch.cat([more_v, v], 2)
+            dim = k.shape[-1]
+            more_k, more_v = (t.expand(k.shape[0], -1, -1, -1) for t in (F.pad(always[0], (dim, 0)), always[1]))
+            k, v = torch.cat([more_k, F.pad(k, (0, dim))], 2), torch.cat([more_v, v], 2)
             seen = F.pad(seen, (more_k.shape[2], 0), value=True)
         read = F.scaled_dot_product_attention(q, k, v, attn_mask=seen[:, None], scale=self.scaling)
         return join_heads(read.transpose(1, 2))

@@ -105,10 +105,11 @@ class TitansMACLayer(LearningLayer):
             place = memory["filled"][:, None]
         here, everywhere = Layout(place), Layout(place.repeat(1, count))
         asked = unit(split_heads(self.r_proj(x), self.heads)).split(width, 1)
-        q = self.attention.queries(x, everywhere).split(width, 2)
+        turned, plain = self.attention.queries(x, everywhere)
+        slow, always = self.slow().to(exact(x)), self.attention.always()
+        q = (turned if always is None else torch.cat([turned, plain], -1)).split(width, 2)
         k, v = (t.split(width, 2) for t in self.attention.entries(x, everywhere))
         mask = (inside <= place[..., None]).repeat(1, 1, 2)
-        slow, always = self.slow().to(exact(x)), self.attention.always()
         fresh = torch.stack(slots.fresh).all(1).tolist() if slots.fresh else [False] * count
         for n in range(count):
             begun = None

@@ -7,7 +7,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["windowed_attention"]
+from vestige.layers.ops.flash_window import by_flash, serves
+
+__all__ = ["by_blocks", "windowed_attention"]
 
 LEAST_BLOCK = 64  # queries that are worked on together at least: shorter blocks would be all overhead
 
@@ -22,20 +24,47 @@ def windowed_attention(
     valid: Bool[Tensor, "batch held"] | None = None,
     sequence: Int[Tensor, "batch held"] | None = None,
     sink: Float[Tensor, " heads"] | None = None,
-    always: tuple[Float[Tensor, "kv more dim"], Float[Tensor, "kv more width"]] | None = None,
+    always: tuple[
+        Float[Tensor, "batch heads length other"], Float[Tensor, "kv more other"], Float[Tensor, "kv more width"]
+    ]
+    | None = None,
 ) -> Float[Tensor, "batch heads length width"]:
     """Each query attends to the last ``window`` keys, its own included.
 
-    The queries stand at the last ``length`` of the ``held`` keys. They are cut into blocks, each of which sees the
-    keys of its own and of the window before it; torch's ``scaled_dot_product_attention`` does the rest.
+    The queries stand at the last ``length`` of the ``held`` keys.
 
     Args:
         valid: keys that exist; a query always sees its own.
         sequence: number of the packed sequence of each key; none attends into another.
         sink: per head the score of a further key, which all queries see and whose value is zero.
-        always: keys and values that all queries see besides.
+        always: keys and values that all queries see besides, and before them the queries that these are asked with.
     """
+    if valid is None and sequence is None and serves(query, value):
+        return by_flash(query, key, value, window=window, scaling=scaling, sink=sink, always=always)
+    return by_blocks(
+        query, key, value, window=window, scaling=scaling, valid=valid, sequence=sequence, sink=sink, always=always
+    )
+
+
+def by_blocks(
+    query: Float[Tensor, "batch heads length dim"],
+    key: Float[Tensor, "batch kv held dim"],
+    value: Float[Tensor, "batch kv held width"],
+    *,
+    window: int,
+    scaling: float,
+    valid: Bool[Tensor, "batch held"] | None = None,
+    sequence: Int[Tensor, "batch held"] | None = None,
+    sink: Float[Tensor, " heads"] | None = None,
+    always: tuple[Tensor, Tensor, Tensor] | None = None,
+) -> Float[Tensor, "batch heads length width"]:
+    """The same on any device: queries are cut into blocks, each of which sees the keys of its own and of the window
+    before it; torch's ``scaled_dot_product_attention`` does the rest."""
     length, held = query.shape[2], key.shape[2]
+    if always is not None:  # further channels, which only these keys have, carry what they are asked with
+        dim, other = query.shape[-1], always[0].shape[-1]
+        query, key = torch.cat([query, always[0]], -1), F.pad(key, (0, other))
+        always = always[0], F.pad(always[1], (dim, 0)), always[2]
     block = max(window, LEAST_BLOCK)
     past = held - length
     if length <= block:
@@ -57,9 +86,9 @@ def windowed_attention(
         seen = seen & (number[:, :, None, :] == number[:, :, before:, None])
     seen = seen | (behind == 0)
     if always is not None:
-        more_k, more_v = (t[None, :, None].expand(k.shape[0], -1, blocks, -1, -1) for t in always)
+        more_k, more_v = (t[None, :, None].expand(k.shape[0], -1, blocks, -1, -1) for t in always[1:])
         k, v = torch.cat([more_k, k], 3), torch.cat([more_v, v], 3)
-        seen = F.pad(seen, (always[0].shape[1], 0), value=True)
+        seen = F.pad(seen, (more_k.shape[3], 0), value=True)
     if sink is not None:  # one more channel, which only the sink's key has, carries its score
         score = sink.to(q)[None, :, None, None, None].expand(*q.shape[:-1], 1)
         q, k, v = torch.cat([q, score], -1), F.pad(k, (0, 1, 0, 1)), F.pad(v, (0, 0, 0, 1))
