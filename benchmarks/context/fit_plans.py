@@ -25,6 +25,8 @@ from vestige.context.plan.windows import HeadWindows
 from vestige.core.anatomy import Anatomy
 from vestige.models import load
 
+PLANS = ("razor-attention", "moa", "duo-attention")
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -38,7 +40,8 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=0.05)
     parser.add_argument("--sinks", type=int, default=4)
     parser.add_argument("--recent", type=int, default=60)
-    parser.add_argument("--density", type=float, default=0.5)
+    parser.add_argument("--density", type=float, nargs="+", default=[0.5, 0.25, 0.1], help="of moa: a plan for each")
+    parser.add_argument("--plans", nargs="+", choices=PLANS, default=PLANS)
     parser.add_argument("--texts", type=int, default=8, help="texts of each length that influences are profiled on")
     parser.add_argument("--checkpoint", type=Path, default=Path("duo-attention.training.safetensors"))
     given = parser.parse_args()
@@ -51,27 +54,32 @@ def main() -> None:
             task = progress.add_task(what, total=None)
             return lambda done, of: progress.update(task, completed=done, total=of)
 
-        razor = RazorAttention.fit(model, tokenizer, texts=4, parameters=windows, progress=shown("razor-attention"))
-        stream = [pass_keys(tokenizer, [n], keys=given.keys, words=given.words) for n in given.lengths]
-        texts = [text for each in stream for text in itertools.islice(each, given.texts)]
-        moa = MoA.fit(
-            model,
-            samples=texts,
-            parameters={"sinks": given.sinks, "recent": 12, "density": given.density},
-            progress=shown("moa"),
-        )
-        stream = pass_keys(tokenizer, given.lengths, keys=given.keys, words=given.words, seed=1)
-        duo = DuoAttention.fit(
-            model,
-            samples=list(itertools.islice(stream, given.steps)),
-            steps=given.steps,
-            learning_rate=given.learning_rate,
-            checkpoint=given.checkpoint,
-            parameters=windows,
-            progress=shown("duo-attention"),
-        )
-    for plan in (razor, moa, duo):
-        place = None if given.out is None else given.out / plan.name / f"{plan.fitted_on}.safetensors"
+        plans: list[HeadWindows] = []
+        if "razor-attention" in given.plans:
+            plans.append(
+                RazorAttention.fit(model, tokenizer, texts=4, parameters=windows, progress=shown("razor-attention"))
+            )
+        if "moa" in given.plans:
+            stream = [pass_keys(tokenizer, [n], keys=given.keys, words=given.words) for n in given.lengths]
+            texts = [text for each in stream for text in itertools.islice(each, given.texts)]
+            for density in given.density:
+                near = {"sinks": given.sinks, "recent": 12, "density": density}
+                plans.append(MoA.fit(model, samples=texts, parameters=near, progress=shown(f"moa, {density:g}")))
+        if "duo-attention" in given.plans:
+            stream = pass_keys(tokenizer, given.lengths, keys=given.keys, words=given.words, seed=1)
+            duo = DuoAttention.fit(
+                model,
+                samples=list(itertools.islice(stream, given.steps)),
+                steps=given.steps,
+                learning_rate=given.learning_rate,
+                checkpoint=given.checkpoint,
+                parameters=windows,
+                progress=shown("duo-attention"),
+            )
+            plans.append(duo)
+    for plan in plans:
+        file = f"{plan.fitted_on}{plan.variant}.safetensors"
+        place = None if given.out is None else given.out / plan.name / file
         print(plan.name, plan.save(place))
         print(table(plan, Anatomy.of(model)))
 

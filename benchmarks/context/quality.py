@@ -5,9 +5,10 @@
 Three tasks at four lengths, three budgets, five seeds: a needle, a needle among others of its kind (both asked only
 after the cache is cut), and the perplexity of the next 256 tokens of a long text. One pass over a text serves all
 policies that read as the model does, at all budgets. Policies that read few entries while decoding answer token by
-token, all others in one piece; one that drops entries only while decoding reads the text itself token by token. Plans
-by windows keep as much as the budgets on the mean over heads; those that round or thin out entries stand beside with
-the bytes they hold; bytes are counted as if keys and values had 16 bits.
+token, all others in one piece; one that drops entries only while decoding reads the text itself token by token. Those
+that go by token take many texts at a time, side by side. Plans by windows keep as much as the budgets on the mean over
+heads; those that round or thin out entries stand beside with the bytes they hold; bytes are counted as if keys and
+values had 16 bits.
 
 One row for each policy, budget, task, length and seed, which says on what machine it came to be. Rows are kept as they
 come: an interrupted run goes on where it was, the shorter texts first. Several runs may write into one file at once,
@@ -20,12 +21,13 @@ import argparse
 import itertools
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.functional import cross_entropy
 
 import vestige
 from vestige.context.cache import KeptCache
@@ -36,7 +38,7 @@ from vestige.errors import SpecError
 from vestige.evidence.budgets import evicts
 from vestige.evidence.data.text import passages
 from vestige.evidence.engine.reading import read, reading_groups
-from vestige.evidence.tasks.needle import Needle, NeedlePrompt, context_batch, recite
+from vestige.evidence.tasks.needle import Needle, context_batch, recite
 
 SCORES = ("streaming-llm", "h2o", "a2sf", "snapkv", "tova", "knorm", "expected-attention")
 PLANS = (("pyramid", "snapkv"), ("adaptive", "snapkv"), ("adaptive", "a2sf"))
@@ -47,6 +49,10 @@ TASKS = ("needle", "perplexity", "multi-key needle")
 DEPTHS = (0.1, 0.5, 0.9)
 DISTRACTORS = 6
 CONTINUATION = 256
+STATES = {"keys", "values", "chunks", "queries", "query"}  # words for what is as wide as the model's own numbers
+HELD = 2**16  # tokens that the caches of texts side by side hold together at most
+
+Cell = tuple[str, int]  # a task and a seed
 
 
 @dataclass(frozen=True)
@@ -59,6 +65,11 @@ class Contender:
 
     def key(self, task: str, length: int, seed: int) -> str:
         return f"{self.name} {self.budget or length} {task} {length} {seed}"
+
+    @property
+    def by_token(self) -> bool:
+        """Whether it reads the text, or answers, token by token."""
+        return self.name == BY_TOKEN or isinstance(self.policy, Select)
 
 
 def contenders(length: int, alone: bool) -> Iterator[Contender]:
@@ -78,8 +89,9 @@ def contenders(length: int, alone: bool) -> Iterator[Contender]:
         yield from _possible(
             "razor-attention", budget, "razor-attention", **shares, sinks=4, recent=near - 4, compression=1e6
         )
-        if share == 0.5:  # rules are chosen for a density
-            yield from _possible("moa", budget, "moa", density=share)
+        # Rules are chosen for a density; less than half has no room for the windows that it comes with.
+        ends = {} if share == 0.5 else {"sinks": 4, "recent": 12}
+        yield from _possible("moa", budget, "moa", density=share, **ends)
     if not alone:
         return
     for share in SHARES:
@@ -111,113 +123,126 @@ def needles(task: str, length: int, seed: int) -> list[Needle]:
 
 
 def sixteen_bit_bytes(cache: KeptCache) -> int:
-    """Bytes held, keys and values at full width counted with two bytes for each number."""
+    """Bytes held, keys, values and what is made of such counted with two bytes for each number of full width."""
     total = 0
     for layer in cache.layers:
         for name, tensor in layer.tensors().items():
-            of_model = name.split(" ")[0] in ("keys", "values") and tensor.dtype == layer.dtype
+            of_model = not STATES.isdisjoint(name.split()) and tensor.dtype == layer.dtype
             total += tensor.numel() * (2 if of_model else tensor.element_size())
     return total
 
 
-def answer_in_steps(model: Any, prompts: list[NeedlePrompt], cache: KeptCache) -> list[bool]:
-    """Whether the answers come out, fed token by token: policies that act while decoding do act."""
-    found = []
-    for row, prompt in enumerate(prompts):
-        mine, said = cache.fork(), []
-        mine.batch_select_indices(torch.tensor([row], device=model.device))
-        for token in prompt.question_ids + prompt.answer_ids[:-1]:
-            logits = model(torch.tensor([[token]], device=model.device), past_key_values=mine, use_cache=True).logits
-            said.append(int(logits[0, -1].argmax()))
-        found.append(tuple(said[len(prompt.question_ids) - 1 :]) == prompt.answer_ids)
-    return found
+class Sheet:
+    """Texts of one length side by side, and what is asked of them: needles of some cells, or what goes on.
 
+    Attributes:
+        ids: ``(rows, tokens)`` what is read; a cell has as many rows as each other one.
+    """
 
-def perplexity(model: Any, ids: torch.Tensor, cache: KeptCache) -> float:
-    """Of the continuation."""
-    logits = model(ids[:, -CONTINUATION - 1 : -1], past_key_values=cache, use_cache=True).logits
-    return float(torch.nn.functional.cross_entropy(logits[0].float(), ids[0, -CONTINUATION:]).exp())
+    def __init__(self, tokenizer: Any, cells: list[Cell], length: int, device: Any) -> None:
+        self.cells, self.length = cells, length
+        self.asks = cells[0][0] != "perplexity"
+        if self.asks:
+            self.prompts = [needle.build(tokenizer) for task, seed in cells for needle in needles(task, length, seed)]
+            self.ids = context_batch(self.prompts, device)
+        else:
+            seeds = tuple(seed for _, seed in cells)
+            self.text = passages(tokenizer, length + CONTINUATION, seeds).to(device)
+            self.ids = self.text[:, : -CONTINUATION - 1]
+
+    def about(self, place: int) -> dict[str, Any]:
+        """The task of a cell. A text depends on the version of Python, whose reference it is: rows of one text alone
+        can be compared."""
+        own = {"depths": DEPTHS} if self.asks else {"text": zlib.crc32(repr([self.text[place].tolist()]).encode())}
+        return {"name": self.cells[place][0], "length": self.length, **own}
+
+    def scores(self, model: Any, cache: KeptCache, steps: bool) -> list[float]:
+        """What a cache still knows, cell by cell: how many answers come out, or the perplexity of what goes on. Fed in
+        ``steps``, token by token, policies that act while decoding do act."""
+        if self.asks:
+            rows = [float(recital.found) for recital in recite(model, self.prompts, cache, steps=steps)]
+        else:
+            logits = model(self.text[:, -CONTINUATION - 1 : -1], past_key_values=cache, use_cache=True).logits
+            due = self.text[:, -CONTINUATION:]
+            rows = [float(cross_entropy(said.float(), own).exp()) for said, own in zip(logits, due, strict=True)]
+        each = len(rows) // len(self.cells)
+        return [sum(rows[place : place + each]) / each for place in range(0, len(rows), each)]
 
 
 class Grid:
-    """Measures what a ledger lacks of one task, length and seed after the other."""
+    """Measures what a ledger lacks of one length; ``late`` says when to begin nothing new."""
 
-    def __init__(self, model: Any, tokenizer: Any, ledger: Ledger, name: str) -> None:
-        self.model, self.tokenizer, self.ledger, self.name = model, tokenizer, ledger, name
+    def __init__(self, model: Any, tokenizer: Any, ledger: Ledger, name: str, late: Callable[[], bool]) -> None:
+        self.model, self.tokenizer, self.ledger, self.name, self.late = model, tokenizer, ledger, name, late
 
-    def measure(self, contenders: list[Contender], task: str, length: int, seed: int) -> None:
-        missing = [one for one in contenders if not self.ledger.has(one.key(task, length, seed))]
-        if task == "perplexity":  # what reads few entries while decoding reads a chunk as the model does
-            missing = [one for one in missing if not isinstance(one.policy, Select)]
-        if not missing:
+    def measure(self, contenders: list[Contender], tasks: list[str], length: int, seeds: list[int]) -> None:
+        cells = list(itertools.product(tasks, seeds))
+        whole = [one for one in contenders if not one.by_token]
+        for cell in cells:
+            self._measure([one for one in whole if self._lacks(one, cell, length)], [cell], length)
+        for one in contenders:
+            if not one.by_token:
+                continue
+            lacking = [cell for cell in cells if self._lacks(one, cell, length)]
+            for asks in (True, False):
+                alike = [cell for cell in lacking if (cell[0] != "perplexity") == asks]
+                held = (one.budget if one.name == BY_TOKEN else None) or length
+                most = max(1, HELD // (held * (len(DEPTHS) if asks else 1)))
+                for first in range(0, len(alike), most):
+                    self._measure([one], alike[first : first + most], length)
+
+    def _lacks(self, one: Contender, cell: Cell, length: int) -> bool:
+        task, seed = cell
+        if task == "perplexity" and isinstance(one.policy, Select):
+            return False  # what reads few entries while decoding reads a chunk as the model does
+        return not self.ledger.has(one.key(task, length, seed))
+
+    def _measure(self, contenders: list[Contender], cells: list[Cell], length: int) -> None:
+        if not contenders or self.late():
             return
-        if task == "perplexity":
-            prompts, text = [], passages(self.tokenizer, length + CONTINUATION, (seed,)).to(self.model.device)
-            ids = text[:, : -CONTINUATION - 1]
-        else:
-            prompts, text = [needle.build(self.tokenizer) for needle in needles(task, length, seed)], None
-            ids = context_batch(prompts, self.model.device)
-        # The text depends on the version of Python, whose reference it is: rows of one text alone can be compared.
-        own = {"depths": DEPTHS} if text is None else {"text": zlib.crc32(repr(text.tolist()).encode())}
-        about = {"name": task, "length": length, **own}
-        by_policy: dict[CachePolicy, list[Contender]] = {}
-        for one in [one for one in missing if one.name == BY_TOKEN]:
-            missing.remove(one)
+        sheet = Sheet(self.tokenizer, cells, length, self.model.device)
+        if contenders[0].name == BY_TOKEN:
+            (one,) = contenders
             with one.policy.attach(self.model) as kept:
                 cache = kept.new_cache()
-                for token in ids.split(1, dim=1):
+                for token in sheet.ids.split(1, dim=1):
                     self.model(token, past_key_values=cache, logits_to_keep=1)
                 cache.frozen = True
-                self._score(one, cache, prompts, text, about, length, seed)
-        for one in missing:  # what differs by its budget alone shares a pass
+                self._score(one, cache, sheet)
+            return
+        by_policy: dict[CachePolicy, list[Contender]] = {}
+        for one in contenders:  # what differs by its budget alone shares a pass
             once = one.policy.replace(when="prefill") if hasattr(one.policy, "when") else one.policy
             by_policy.setdefault(once.with_budget(1.0) if evicts(once) else once, []).append(one)
         for group in reading_groups(by_policy):
             try:
-                with read(self.model, group, ids) as reading:
+                with read(self.model, group, sheet.ids) as reading:
                     for place, one in itertools.chain.from_iterable(
                         ((place, one) for one in by_policy[policy]) for place, policy in enumerate(group)
                     ):
-                        cache = reading.cache(place, one.budget if evicts(one.policy) else None)
-                        self._score(one, cache, prompts, text, about, length, seed)
+                        self._score(one, reading.cache(place, one.budget if evicts(one.policy) else None), sheet)
             except SpecError as error:  # a plan that was fitted on another model
                 print(f"left out: {error}")
 
-    def _score(
-        self,
-        one: Contender,
-        cache: KeptCache,
-        prompts: list[NeedlePrompt],
-        text: torch.Tensor | None,
-        about: dict[str, Any],
-        length: int,
-        seed: int,
-    ) -> None:
-        """Ask what the cache still knows: of the prompts, or of the text that goes on."""
-        held = sixteen_bit_bytes(cache) // (1 if text is not None else len(prompts))
-        if text is not None:
-            score = perplexity(self.model, text, cache)
-        elif isinstance(one.policy, Select):
-            score = sum(answer_in_steps(self.model, prompts, cache)) / len(prompts)
-        else:
-            score = sum(recital.found for recital in recite(self.model, prompts, cache)) / len(prompts)
-        self._store(one, about, length, seed, held, score)
-
-    def _store(self, one: Contender, about: dict[str, Any], length: int, seed: int, held: int, score: float) -> None:
-        task = about["name"]
-        self.ledger.append(
-            {
-                "study": "quality",
-                "method": one.policy.spec(),
-                "model": self.name,
-                "task": about,
-                "seed": seed,
-                "metrics": {"policy": one.name, "budget": one.budget or length, "score": score},
-                "kv_bytes": held,
-            },
-            key=one.key(task, length, seed),
-        )
-        print(f"{length:5} {seed} {task:17} {one.name:26} {one.budget or length:5} {score:.3f}", flush=True)
+    def _score(self, one: Contender, cache: KeptCache, sheet: Sheet) -> None:
+        """Ask what the cache still knows, and write it down."""
+        held = sixteen_bit_bytes(cache) // len(sheet.ids)
+        scores = sheet.scores(self.model, cache, steps=isinstance(one.policy, Select))
+        for place, ((task, seed), score) in enumerate(zip(sheet.cells, scores, strict=True)):
+            self.ledger.append(
+                {
+                    "study": "quality",
+                    "method": one.policy.spec(),
+                    "model": self.name,
+                    "task": sheet.about(place),
+                    "seed": seed,
+                    "metrics": {"policy": one.name, "budget": one.budget or sheet.length, "score": score},
+                    "kv_bytes": held,
+                },
+                key=one.key(task, sheet.length, seed),
+            )
+            budget = one.budget or sheet.length
+            print(f"{sheet.length:5} {seed} {task:17} {one.name:26} {budget:5} {score:.3f}", flush=True)
 
 
 @torch.inference_mode()
@@ -228,6 +253,7 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="*", default=TASKS, choices=TASKS)
     parser.add_argument("--seeds", type=int, nargs="+", default=list(range(5)))
     parser.add_argument("--policies", nargs="+", help="names as the rows have them; default: all")
+    parser.add_argument("--shares", type=float, nargs="+", default=SHARES, help="budgets, of those three")
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="after which nothing new is begun")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -235,14 +261,17 @@ def main() -> None:
     args = parser.parse_args()
     end = time.monotonic() + 60 * args.minutes
     model, tokenizer = vestige.models.load(args.model, device=args.device, dtype="float32")
-    grid = Grid(model, tokenizer, Ledger(args.out), args.model)
+    grid = Grid(model, tokenizer, Ledger(args.out), args.model, lambda: time.monotonic() > end)
     for length in args.lengths:
-        possible = [one for one in contenders(length, args.alone) if args.policies is None or one.name in args.policies]
-        for task, seed in itertools.product(args.tasks, args.seeds):
-            if time.monotonic() > end:
-                print(f"{args.minutes:g} minutes are over; the same command goes on from here")
-                return
-            grid.measure(possible, task, length, seed)
+        budgets = [int(share * length) for share in args.shares]
+        possible = [
+            one
+            for one in contenders(length, args.alone)
+            if (one.budget is None or one.budget in budgets) and (args.policies is None or one.name in args.policies)
+        ]
+        grid.measure(possible, args.tasks, length, args.seeds)
+    if grid.late():
+        print(f"{args.minutes:g} minutes are over; if anything is missing, the same command goes on from here")
 
 
 if __name__ == "__main__":

@@ -327,6 +327,10 @@ def test_rules_for_another_density_are_not_used(monkeypatch, llama):
         assert kept.policy.windows(0, 1001) == [64, 250, 502]
     with pytest.raises(SpecError, match=r"density.*0\.25.*0\.5"):
         MoA(density=0.25).attach(llama)
+    MoA(alpha=table, beta=((0.25, 0.0, 0.25),) * 2, fitted_on=known, density=0.25).remember()
+    for density, last in ((0.25, 0.25), (0.5, 0.5)):
+        with MoA(density=density).attach(llama) as kept:
+            assert kept.policy.beta[0][2] == last
 
 
 def test_windows_grow_with_the_text_and_never_faster():

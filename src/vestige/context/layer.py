@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from vestige.context.cache import KeptCache
     from vestige.context.policy import Ranking
 
-__all__ = ["EMPTY", "ROOM", "KeptLayer", "Step", "all_at_slots", "at_slots", "per_row"]
+__all__ = ["EMPTY", "ROOM", "KeptLayer", "Step", "all_at_slots", "all_runs", "at_slots", "per_row"]
 
 EMPTY = -1  # position of a slot that holds no entry
 ROOM = 16  # a cache that grows while decoding is made larger by the 16th part of what it holds, and this many slots
@@ -460,3 +460,27 @@ def _at_slots(tensor: Tensor, slots: Tensor, lines: dict[tuple[int, ...], Tensor
         line = ((slots if slot == 1 else slots * slot) + first[..., None]).flatten()
         lines[row, head, slot] = line
     return rows.index_select(0, line).view(*slots.shape, width)
+
+
+def all_runs(tensors: Sequence[Tensor], first: Int[Tensor, "batch kv runs"], length: int) -> list[Tensor]:
+    """The same runs of ``length`` entries of several ``(batch, kv_heads, slots, dim)``, from the ``first`` of each on:
+    ``(batch, kv_heads, runs, length, dim)``. A run is copied in one piece where it lies in one."""
+    starts: dict[tuple[int, ...], Tensor] = {}
+    found = []
+    for tensor in tensors:
+        (batch, heads, held, width), strides = tensor.shape, tensor.stride()
+        if strides[2:] != (width, 1) or strides[0] % width or strides[1] % width:
+            slots = first[..., None] + torch.arange(length, device=first.device)
+            found.append(_at_slots(tensor, slots.flatten(2), {}).unflatten(2, slots.shape[2:]))
+            continue
+        row, head = strides[0] // width, strides[1] // width
+        begins = (batch - 1) * row + (heads - 1) * head + held - length + 1
+        start = starts.get((row, head))
+        if start is None:
+            start = first + torch.arange(heads, device=first.device)[:, None] * head
+            if batch > 1:
+                start = start + torch.arange(batch, device=first.device)[:, None, None] * row
+            starts[row, head] = start = start.flatten()
+        runs = tensor.as_strided((begins, length * width), (width, 1)).index_select(0, start)
+        found.append(runs.view(*first.shape, length, width))
+    return found

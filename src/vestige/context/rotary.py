@@ -91,17 +91,19 @@ class Rotary:
         turned = (first * cosine - second * sine, second * cosine + first * sine)
         return torch.cat([part.to(states.dtype) for part in turned] + [rest], dim=-1)
 
-    def across(self, states: Tensor) -> Tensor:
-        """States a quarter turn on: ``states * cosine + across * sine`` of :meth:`wide_phase` turns them."""
+    def swap(self, states: Tensor) -> Tensor:
+        """The two halves of the pairs in each other's place: ``states * cosine + swapped * sine`` of
+        :meth:`wide_phase` turns them."""
         pairs = len(self.frequencies)
-        first, second, rest = states.split([pairs, pairs, states.shape[-1] - 2 * pairs], dim=-1)
-        return torch.cat([-second, first, torch.zeros_like(rest)], dim=-1)
+        swapped = states[..., : 2 * pairs].unflatten(-1, (2, pairs)).flip(-2).flatten(-2)
+        rest = states[..., 2 * pairs :]
+        return torch.cat([swapped, rest], dim=-1) if rest.shape[-1] else swapped
 
     def wide_phase(self, by: Int[Tensor, ...], like: Tensor) -> tuple[Tensor, Tensor]:
-        """As :meth:`phase`, for every channel of ``like``: of one turn that many states are to be given."""
+        """As :meth:`phase`, for every channel of ``like``, signs included: of turns that many states are given."""
         cosine, sine = self.phase(by, like)
         rest = cosine.new_zeros(*cosine.shape[:-1], like.shape[-1] - 2 * cosine.shape[-1])
-        return torch.cat([cosine, cosine, rest + 1], dim=-1), torch.cat([sine, sine, rest], dim=-1)
+        return torch.cat([cosine, cosine, rest + 1], dim=-1), torch.cat([-sine, sine, rest], dim=-1)
 
     def mean_phase(self, start: Int[Tensor, ...], count: int, like: Tensor) -> tuple[Tensor, Tensor]:
         """Mean of the phases of the turns by ``start`` to ``start + count - 1``, each ``(..., pairs)``."""

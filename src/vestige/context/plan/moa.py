@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 __all__ = ["MoA"]
 
+HALF = 0.5  # the density whose rules a model is given where nothing else is said
+
 
 class MoA(HeadWindows):
     r"""Give each head a window by an elastic rule, alpha + beta *N* of *N* tokens, beside the first tokens.
@@ -49,7 +51,7 @@ class MoA(HeadWindows):
         (), "part of the tokens so far by which the windows grow; both empty: those known for the model"
     )
     density: float = param(
-        0.5, "share of the tokens that the heads together hold, for which the rules were chosen", gt=0, le=1
+        HALF, "share of the tokens that the heads together hold, for which the rules were chosen", gt=0, le=1
     )
     sinks: int = param(64, "first tokens that every head keeps", ge=0)
     recent: int = param(64, "last tokens that every head keeps at least", ge=1)
@@ -70,8 +72,12 @@ class MoA(HeadWindows):
 
         return cast("Self", choose_rules(cls(**(parameters or {})), model, tokenizer, **how))
 
+    @property
+    def variant(self) -> str:
+        return "" if self.density == HALF else f"-{self.density:g}"
+
     def on(self, anatomy: Anatomy) -> Self:
-        found = None if self.fitted else self.known(anatomy)
+        found = None if self.fitted else self.known(anatomy, self.variant) or self.known(anatomy)
         if found is not None and found.density != self.density:
             raise SpecError(
                 f"{self.name}: parameter 'density' is {self.density}; the rules known for this model are for "

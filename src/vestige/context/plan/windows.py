@@ -61,6 +61,11 @@ class HeadWindows(Ranking):
         """Whether the tables are given."""
         return bool(getattr(self, self.tables[0]))
 
+    @property
+    def variant(self) -> str:
+        """What tells several plans of one model apart, as the end of a file's name; empty for the usual one."""
+        return ""
+
     def windows(self, layer: int, seen: int) -> Sequence[int | None]:
         """Recent tokens that each key-value head keeps, of ``seen``, beside the sinks; ``None`` for all."""
         raise NotImplementedError
@@ -102,10 +107,10 @@ class HeadWindows(Ranking):
         """
         if self.fitted:
             return self
-        found = self.known(anatomy)
+        found = self.known(anatomy, self.variant)
         if found is None:
             raise SpecError(
-                f"{self.name}: there are no tables for this model ({fingerprint(anatomy)}); {self.how}, "
+                f"{self.name}: there are no tables for this model ({fingerprint(anatomy)}{self.variant}); {self.how}, "
                 f"or load saved ones with {type(self).__name__}.load(path)"
             )
         tables = {name: getattr(found, name) for name in (*self.tables, "fitted_on")}
@@ -126,9 +131,13 @@ class HeadWindows(Ranking):
             )
 
     @classmethod
-    def known(cls, anatomy: Anatomy) -> Self | None:
-        """The plan of this method for a model, if one is at hand; see the class for where."""
-        place = f"{fingerprint(anatomy)}.safetensors"
+    def known(cls, anatomy: Anatomy, variant: str = "") -> Self | None:
+        """The plan of this method for a model, if one is at hand; see the class for where.
+
+        Args:
+            variant: which one, where a model has several (:attr:`variant`).
+        """
+        place = f"{fingerprint(anatomy)}{variant}.safetensors"
         if (cls.name, place) in _remembered:
             return _remembered[cls.name, place]  # type: ignore[return-value]
         for folder in (_own_folder(), Path(__file__).parent / "fitted"):
@@ -139,7 +148,7 @@ class HeadWindows(Ranking):
 
     def remember(self) -> Self:
         """Let the method be used by its name alone on this plan's model, in this process."""
-        _remembered[self.name, f"{self.fitted_on}.safetensors"] = self
+        _remembered[self.name, f"{self.fitted_on}{self.variant}.safetensors"] = self
         return self
 
     def save(self, path: str | os.PathLike[str] | None = None) -> Path:
@@ -156,7 +165,8 @@ class HeadWindows(Ranking):
             raise SpecError(f"{self.name}: there are no tables to save; {self.how}")
         from safetensors.torch import save
 
-        target = _own_folder() / self.name / f"{self.fitted_on}.safetensors" if path is None else Path(path)
+        own = _own_folder() / self.name / f"{self.fitted_on}{self.variant}.safetensors"
+        target = own if path is None else Path(path)
         tables = {name: torch.tensor(getattr(self, name), dtype=torch.float64) for name in self.tables}
         spec = {key: value for key, value in self.spec().items() if key not in self.tables}
         save_plan(target, save(tables, metadata={"vestige": json.dumps(spec)}))

@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from vestige.context.attention import Look, Reading
-from vestige.context.layer import EMPTY, KeptLayer, Step, all_at_slots
+from vestige.context.layer import EMPTY, KeptLayer, Step, all_at_slots, all_runs
 from vestige.context.policy import CachePolicy
 from vestige.context.select.base import Select
 from vestige.core.anatomy import Anatomy
@@ -44,7 +44,7 @@ class LongHeads(Select):
     The chunks are read as they are stored. A turn of the keys of one chunk, which are all moved by the same distance,
     is a turn of the query against them, and that is what is turned.
 
-    The paper has models without grouped heads; here the query heads of a group choose together, by the mean of their
+    The paper has models without grouped heads; here the query heads of a group choose together, by the sum of their
     scores. In a layer with a sliding window, and in a model whose positions do not enter by turning, nothing is
     moved: the former reads its window, as it was trained to, the latter the chosen chunks where they stand. All
     entries are kept.
@@ -157,29 +157,32 @@ class LongHeads(Select):
         if known not in step.shared:
             step.shared[known] = _Here(entries, look, step, self.chunks, self.chunk)
         here: _Here = step.shared[known]
-        rotary, query = entries.cache.rotary, look.query.to(here.exact)
-        back = query
+        rotary, query, dtype = entries.cache.rotary, look.query.to(here.exact), look.query.dtype
+        kv_heads, length = entries.keys.shape[1], self.chunk
+        back, swapped = query, query
         if rotary is not None:
-            across = rotary.across(query)
-            back = torch.addcmul(query * here.back[0], across, here.back[1])
-        score = back.to(look.query.dtype) @ entries.aside["chunks"][:, :, 1 : here.own - 1].mT
-        score = score.squeeze(2).unflatten(1, (entries.keys.shape[1], -1)).mean(dim=2)
-        best = score.topk(self.chunks - FORCED, dim=2).indices.sort(dim=2).values + 1
-        chosen = torch.cat([here.first, best, here.last], dim=2)
+            swapped = rotary.swap(query)
+            back = torch.addcmul(query * here.back[0], swapped, here.back[1])
+        score = _joint(back, kv_heads).to(dtype) @ entries.aside["chunks"][:, :, 1 : here.own - 1].mT
+        best = score.squeeze(2).topk(self.chunks - FORCED, dim=2).indices.sort(dim=2).values + 1
+        chosen = torch.cat([here.first, best], dim=2)
 
-        rows = grouped(query, entries.keys.shape[1]).transpose(2, 3)
+        # The last two chunks stand where they would in any case; what is chosen before them moves up.
+        query = grouped(query * look.scaling, kv_heads)
+        rows = query.transpose(2, 3)
         if rotary is not None:
             phase = here.phases.index_select(0, (here.place - chosen).flatten()).unflatten(0, (*chosen.shape, 1))
             cosine, sine = phase.chunk(2, dim=-1)
-            rows = torch.addcmul(rows * cosine, grouped(across, rows.shape[1]).transpose(2, 3), sine)
-        slots = ((chosen * self.chunk)[..., None] + here.inside).flatten(2).clamp_max(entries.slots - 1)
-        keys, values = all_at_slots((entries.keys, entries.values), slots)
-        products = rows.to(keys.dtype) @ keys.unflatten(2, (self.chunks, -1)).mT
-        logits = products.transpose(2, 3).flatten(3)[..., : here.readable] * look.scaling
+            rows = torch.addcmul(rows * cosine, grouped(swapped * look.scaling, kv_heads).transpose(2, 3), sine)
+        keys, values = all_runs((entries.keys, entries.values), chosen * length, length)
+        near_keys, near_values = (held[:, :, (here.own - 1) * length :] for held in (entries.keys, entries.values))
+        far = (rows.to(dtype) @ keys.mT).transpose(2, 3).flatten(3)
+        logits = torch.cat([far, query.squeeze(3).to(dtype) @ near_keys.mT], dim=3)
         if look.softcap is not None:
             logits = look.softcap * torch.tanh(logits / look.softcap)
-        share = logits.softmax(dim=3, dtype=here.exact)
-        return (share.to(values.dtype) @ values[:, :, : here.readable]).flatten(1, 2)[:, None]
+        share = logits.softmax(dim=3, dtype=here.exact).to(values.dtype)
+        output = share[..., : far.shape[3]] @ values.flatten(2, 3) + share[..., far.shape[3] :] @ near_values
+        return output.flatten(1, 2)[:, None]
 
     def _choose(self, entries: KeptLayer, text: _Text, at: _Near) -> Int[Tensor, "batch kv count chunks"]:
         """The chunks that some queries attend to, in the order of the text."""
@@ -188,7 +191,7 @@ class LongHeads(Select):
             if at.back is None:
                 at.back = entries.cache.rotary.phase(-at.asked[:, None], query)
             query = entries.cache.rotary.apply(query, at.back)
-        score = (query @ entries.aside["chunks"].mT).unflatten(1, (entries.keys.shape[1], -1)).mean(dim=2)
+        score = _joint(query, entries.keys.shape[1]) @ entries.aside["chunks"].mT
         best = score.masked_fill(at.forced_or_later(score.shape[3]), float("-inf")).topk(self.chunks - FORCED, dim=3)
         own = at.own[:, None, :, None].expand(*score.shape[:3], 1)
         return torch.cat([torch.zeros_like(own), best.indices, own - 1, own], dim=3).clamp_min(0).sort(dim=3).values
@@ -222,7 +225,8 @@ class LongHeads(Select):
         if most:
             text = _Text(entries, look, step)
             known = entries.aside.get("chunks")
-            chunks = look.query.new_zeros(batch, heads, max(complete), dim)
+            kv_heads = entries.keys.shape[1]
+            chunks = look.query.new_zeros(batch, kv_heads, max(complete), heads // kv_heads * dim)
             if known is not None:
                 chunks[:, :, : known.shape[2]] = known
             for number in range(most):
@@ -230,7 +234,8 @@ class LongHeads(Select):
                 index = where[rows, number * length : (number + 1) * length]
                 query = queries[rows[:, None], :, index].transpose(1, 2)
                 first = start[rows] + number * length
-                chunks[rows, :, first // length] = self._vector(entries, text, rows, query, first)
+                vector = self._vector(entries, text, rows, query, first)
+                chunks[rows, :, first // length] = vector.view(-1, kv_heads, chunks.shape[3])
             entries.aside["chunks"] = chunks
         done = torch.tensor([now - seen // length for now, seen in zip(complete, before, strict=True)], device=device)
         tail = where.gather(1, done[:, None] * length + torch.arange(length, device=device))
@@ -253,10 +258,9 @@ class _Here:
 
     Attributes:
         own: the chunk that it is in.
-        readable: tokens that it attends to: its chunks up to itself.
-        first, last: ``(batch, kv_heads, ...)`` chunks that are read in any case.
-        place: ``(chunks,)`` the chunk that would stand in the text where each of those read is taken to stand.
-        inside: ``(chunk,)`` positions within a chunk.
+        first: ``(batch, kv_heads, 1)`` the chunk that is read in any case, beside the last two.
+        place: ``(chunks - 2,)`` the chunk that would stand in the text where each of those before the last two is
+            taken to stand.
         back: the turn of the query back to position 0.
         phases: ``(own + 1, 2 * dim)`` turns back by 0, 1, ... chunks, cosines and sines.
     """
@@ -265,11 +269,8 @@ class _Here:
         (batch, kv_heads), device, asked = entries.sizes, look.query.device, step.start
         self.exact = torch.promote_types(look.query.dtype, torch.float32)
         self.own = asked // chunk
-        self.readable = (chunks - 1) * chunk + asked - self.own * chunk + 1
         self.first = torch.zeros(batch, kv_heads, 1, dtype=torch.long, device=device)
-        self.last = torch.tensor([self.own - 1, self.own], device=device).expand(batch, kv_heads, 2)
-        self.place = torch.arange(self.own - chunks + 1, self.own + 1, device=device)
-        self.inside = torch.arange(chunk, device=device)
+        self.place = torch.arange(self.own - chunks + 1, self.own - 1, device=device)
         if (rotary := entries.cache.rotary) is not None:
             like = look.query
             self.back = rotary.wide_phase(torch.tensor(-asked, device=device), like)
@@ -360,6 +361,12 @@ class _Text:
             seen = seen & valid[:, :, None, :shown]
         part = (self.look.query[:, :, first:last], entries.keys[:, :, :shown])
         return Reading((part,), entries.values[:, :, :shown], seen).attend(self.look)[0]
+
+
+def _joint(query: Float[Tensor, "batch heads count dim"], kv_heads: int) -> Float[Tensor, "batch kv count joint"]:
+    """The query heads of a group side by side: their product with what represents a chunk, laid out so too, is the sum
+    of their scores."""
+    return grouped(query, kv_heads).transpose(2, 3).flatten(3)
 
 
 def _column(step: Step, device: torch.device, count: int) -> Int[Tensor, "batch count"]:

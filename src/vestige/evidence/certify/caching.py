@@ -126,7 +126,7 @@ class CacheCase(Case):
 
 def learn(policy: HeadWindows, model: nn.Module) -> HeadWindows:
     """What a policy has to know of a small model, learnt as the reference module's ``small_fit`` says."""
-    known = policy.known(Anatomy.of(model))
+    known = policy.known(Anatomy.of(model), policy.variant)
     if known is not None:
         return known
     given = {

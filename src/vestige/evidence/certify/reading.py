@@ -167,7 +167,7 @@ def planned(case: CacheCase, **changes: Any) -> Any:
     anatomy = Anatomy.of(case.lm[0])
     policy = case.method
     assert isinstance(policy, HeadWindows)
-    if not policy.fitted and policy.known(anatomy) is None:
+    if not policy.fitted and policy.known(anatomy, policy.variant) is None:
         raise NotApplicable(f"no plan of {policy.name} is known for {case.model_name}: fit one, and save it")
     return policy.on(anatomy).replace(**changes)
 

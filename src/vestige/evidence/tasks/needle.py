@@ -210,21 +210,21 @@ def context_batch(prompts: Sequence[NeedlePrompt], device: Any = None) -> Tensor
     return torch.tensor([prompt.context_ids for prompt in prompts], device=device)
 
 
-def recite(model: PreTrainedModel, prompts: Sequence[NeedlePrompt], cache: Cache) -> list[Recital]:
+def recite(model: PreTrainedModel, prompts: Sequence[NeedlePrompt], cache: Cache, steps: bool = False) -> list[Recital]:
     """Ask each row of a cache that has read ``prompts``' contexts for its answer. The cache is used up.
 
     Question and answer go through in one pass. The most likely tokens are all right exactly when greedy
     decoding, token after token, gives the answer. Rows are filled up on the right, where no earlier token sees
-    it; so the cache must not drop entries any more, as is true of one made by ``cut``.
+    it; so the cache must not drop entries any more, as is true of one made by ``cut``. In ``steps`` they go through
+    token by token, for policies that act while decoding.
     """
-
     from vestige.evidence.tasks.asking import Line, hear
 
     lines = [
         Line(prompt.question_ids + prompt.answer_ids[:-1], len(prompt.question_ids) - 1, (prompt.answer_ids,))
         for prompt in prompts
     ]
-    told = hear(model, cache, lines)
+    told = hear(model, cache, lines, steps=steps)
     return [Recital(prompt.answer_ids, heard[0].likely) for prompt, heard in zip(prompts, told, strict=True)]
 
 
