@@ -33,6 +33,7 @@ import vestige
 from vestige.context.cache import KeptCache
 from vestige.context.policy import CachePolicy
 from vestige.context.select.base import Select
+from vestige.core.anatomy import Anatomy
 from vestige.core.ledger import Ledger
 from vestige.errors import SpecError
 from vestige.evidence.budgets import evicts
@@ -176,6 +177,7 @@ class Grid:
         self.model, self.tokenizer, self.ledger, self.name, self.late = model, tokenizer, ledger, name, late
 
     def measure(self, contenders: list[Contender], tasks: list[str], length: int, seeds: list[int]) -> None:
+        contenders = [one for one in contenders if self._known(one)]
         cells = list(itertools.product(tasks, seeds))
         whole = [one for one in contenders if not one.by_token]
         for cell in cells:
@@ -190,6 +192,14 @@ class Grid:
                 most = max(1, HELD // (held * (len(DEPTHS) if asks else 1)))
                 for first in range(0, len(alike), most):
                     self._measure([one], alike[first : first + most], length)
+
+    def _known(self, one: Contender) -> bool:
+        try:
+            one.policy.on(Anatomy.of(self.model))
+        except SpecError as error:  # a plan that was fitted on another model, or for another budget
+            print(f"left out: {error}")
+            return False
+        return True
 
     def _lacks(self, one: Contender, cell: Cell, length: int) -> bool:
         task, seed = cell
@@ -215,14 +225,10 @@ class Grid:
             once = one.policy.replace(when="prefill") if hasattr(one.policy, "when") else one.policy
             by_policy.setdefault(once.with_budget(1.0) if evicts(once) else once, []).append(one)
         for group in reading_groups(by_policy):
-            try:
-                with read(self.model, group, sheet.ids) as reading:
-                    for place, one in itertools.chain.from_iterable(
-                        ((place, one) for one in by_policy[policy]) for place, policy in enumerate(group)
-                    ):
+            with read(self.model, group, sheet.ids) as reading:
+                for place, policy in enumerate(group):
+                    for one in by_policy[policy]:
                         self._score(one, reading.cache(place, one.budget if evicts(one.policy) else None), sheet)
-            except SpecError as error:  # a plan that was fitted on another model
-                print(f"left out: {error}")
 
     def _score(self, one: Contender, cache: KeptCache, sheet: Sheet) -> None:
         """Ask what the cache still knows, and write it down."""
