@@ -226,6 +226,8 @@ def test_what_does_not_fit_is_refused(tmp_path):
     for options, words in refused:
         with pytest.raises(InputError, match=words):
             model(tokens(), **options)
+    with pytest.raises(InputError, match="no tokens"):
+        model(tokens()[:, :0])
     with pytest.raises(InputError, match="leave no state"):
         model(tokens(1), cu_seqlens=torch.tensor([0, 9, 19]), past_key_values=model.new_state())
     filled = model.new_state()

@@ -171,17 +171,30 @@ def test_blocks():
     assert isinstance(first, Blocks)
 
 
-def launched(processes: int, *command: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    """A command under torchrun, on the CPU."""
+TORCHRUN = ("-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone")
+ACCELERATED = """
+import sys
+from accelerate import debug_launcher
+from vestige.cli import main
+
+debug_launcher(main, (sys.argv[1:],), num_processes=2)
+"""  # on a CPU `accelerate launch` begins several processes through MPI alone
+
+
+def launched(launcher: tuple[str, ...], *command: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """A command in two processes on the CPU."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone"]
-    return subprocess.run([*launcher, *command], cwd=cwd, env=environment, capture_output=True, text=True, check=False)
+    whole = [sys.executable, *launcher, *command]
+    return subprocess.run(whole, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
 
 
 @pytest.mark.slow
-def test_two_processes(run):
+@pytest.mark.parametrize(
+    "launcher", [(*TORCHRUN, "-m", "vestige.cli"), ("-c", ACCELERATED)], ids=["torch", "accelerate"]
+)
+def test_two_processes(run, launcher):
     """Two processes share each step, and one of them writes model and ledger."""
-    done = launched(2, "-m", "vestige.cli", "train", str(run), "--quiet", "--json", cwd=run.parent)
+    done = launched(launcher, "train", str(run), "--quiet", "--json", cwd=run.parent)
     assert done.returncode == 0, done.stderr
     outcome = json.loads(done.stdout)
     assert outcome["finished"] and outcome["loss"] < 0.6 * np.log(258)
@@ -227,6 +240,6 @@ dist.destroy_process_group()
 def test_sharded_by_fsdp2(tmp_path):
     """Blocks wrapped by FSDP2 in two processes train to the weights of the unwrapped model."""
     (tmp_path / "sharded.py").write_text(SHARDED)
-    done = launched(2, str(tmp_path / "sharded.py"), cwd=tmp_path)
+    done = launched(TORCHRUN, str(tmp_path / "sharded.py"), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("sharded as whole") == 2

@@ -1,7 +1,7 @@
 """Train a language model whose blocks a YAML file names, on any text.
 
 The file says what is trained, on what, and how: out, data, model (blocks, hidden_size ...), tokenizer, length, batch,
-steps, learning_rate and more. Under torchrun the same command uses every device.
+steps, learning_rate and more. Under torchrun or accelerate the same command uses every device.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ def run(
     quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the outcome as JSON.")] = False,
 ) -> None:
-    import os
+    from accelerate import PartialState
 
     from vestige.commands._shared import print_json
     from vestige.training.pretrain import read, train
 
     settings = read(config, steps=steps, seed=seed, out=None if out is None else str(out.resolve()))
     trained = train(settings, fresh=fresh, quiet=quiet)
-    if int(os.environ.get("RANK", "0")) == 0:
+    if PartialState().is_main_process:
         outcome = {
             "folder": str(trained.folder),
             "steps": trained.steps,

@@ -139,6 +139,8 @@ class VestigeModel(VestigePreTrainedModel):
                 raise InputError(f"past_key_values is a {kind}; a VestigeLM holds a VestigeState (model.new_state())")
             past_key_values.check(self.signature, len(self.layers))
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if x.shape[1] == 0:
+            raise InputError("there are no tokens to read; give at least one per row")
         checkpointing = self.gradient_checkpointing and self.training
         if checkpointing and past_key_values is not None:
             raise InputError("gradient checkpointing runs blocks twice, so they cannot write a state; turn one off")
