@@ -97,7 +97,7 @@ def run_erasure(
     # Written before anything is taught, so that a folder says what its models are.
     write_whole(spec.out / "erasure.yaml", yaml.safe_dump(json.loads(spec.model_dump_json()), sort_keys=False))
     before = taught("before", sets.learnt)
-    model = taught("before", sets.learnt)
+    model = build(spec.model, found, tokenizer) if spec.learn is None else load_from(spec.out / "before", found.kind)
     reference = None
     if spec.reference == "retrain":
         reference = taught("retrained", sets.retain)

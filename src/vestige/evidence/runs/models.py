@@ -18,7 +18,7 @@ from vestige.weights.erase.examples import Examples as Rows
 from vestige.weights.erase.examples import Reader
 from vestige.weights.erase.losses import row_losses
 
-__all__ = ["build", "load_from", "teach", "tokenizer_of", "without_bars"]
+__all__ = ["build", "load_from", "only_errors", "teach", "tokenizer_of", "without_bars"]
 
 VIT = {"patch_size": 4, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 LLAMA = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -101,6 +101,19 @@ def without_bars() -> Iterator[None]:
     finally:
         if drawn:
             logging.enable_progress_bar()
+
+
+@contextmanager
+def only_errors() -> Iterator[None]:
+    """No warnings of transformers inside the block; checkpoints within one second are worth one to it."""
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
 
 
 def teach(model: Any, rows: list[Row], how: Learning, tell: Callable[[int, float], None] = lambda *_: None) -> None:

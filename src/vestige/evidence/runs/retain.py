@@ -14,7 +14,7 @@ import yaml
 from vestige.core.files import write_whole
 from vestige.core.ledger import Ledger
 from vestige.errors import InputError, SpecError
-from vestige.evidence.runs.models import build, tokenizer_of
+from vestige.evidence.runs.models import build, only_errors, tokenizer_of
 from vestige.evidence.runs.sources import Examples, encoded, examples
 from vestige.evidence.runs.spec import Retaining, read_spec
 from vestige.weights.retain import ContinualRun, ContinualTrainer, Learner, Stream
@@ -104,7 +104,8 @@ def run_retention(
             ledger=ledger,
             model_name=spec.model.load or "new",
         )
-        runs[label] = trainer.run(stream, resume=resume)
+        with only_errors():
+            runs[label] = trainer.run(stream, resume=resume)
         assert trainer.running is not None
         if learnt := trainer.running.learnt():
             write_tensors(folder / LEARNT, learnt, {"method": json.dumps(learner.spec())})

@@ -169,4 +169,5 @@ def read_spec(kind: type[T], source: str | os.PathLike[str] | Mapping[str, Any] 
     data: Data = spec.data  # type: ignore[attr-defined]
     if data.file is not None:
         data = data.model_copy(update={"file": base / data.file.expanduser()})
-    return spec.model_copy(update={"out": base / spec.out.expanduser(), "data": data})  # type: ignore[attr-defined]
+    out = Path(os.path.normpath(base / spec.out.expanduser()))  # type: ignore[attr-defined]
+    return spec.model_copy(update={"out": out, "data": data})
