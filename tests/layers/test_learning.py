@@ -8,8 +8,9 @@ from dataclasses import fields
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
-from vestige.layers.ops.learning import engine
+from vestige.layers.ops.learning import engine, muon
 from vestige.layers.ops.learning.biases import Bias
 from vestige.layers.ops.learning.engine import Lesson, Rule, Slow, learn
 from vestige.layers.ops.learning.perceptron import Perceptron
@@ -103,6 +104,23 @@ def test_derivatives_are_slopes(name, monkeypatch):
     leaves = [*gates.values(), *begun.start, begun.gain, begun.scale]
     leaves = [t.detach().clone().requires_grad_() for t in leaves]
     assert torch.autograd.gradcheck(run, leaves, fast_mode=True, atol=1e-5)
+
+
+def test_blocks_that_leave_much_are_worked_out_again(monkeypatch):
+    rule, start, found = RULES["muon by block"], [t.requires_grad_() for t in slow(RULES["muon by block"]).start], []
+
+    def again(run, *given, **how):
+        calls.append(run)
+        return checkpoint(run, *given, **how)
+
+    monkeypatch.setattr(muon, "checkpoint", again)
+    for most, count in ((1 << 32, 0), (0, 5)):
+        calls = []
+        monkeypatch.setattr(muon, "MOST_LEFT", most)
+        read = learn(rule, Slow(start, torch.ones(HEADS, 1, DIM).double()), lesson(), {})
+        found.append(torch.autograd.grad(read.square().sum(), start))
+        assert len(calls) == count
+    torch.testing.assert_close(*found, atol=1e-12, rtol=0)
 
 
 def test_one_layer_with_squares_is_the_delta_rule():

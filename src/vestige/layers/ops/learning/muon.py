@@ -24,24 +24,38 @@ from vestige.layers.ops.learning.steps import Features, equaliser, newton_schulz
 
 __all__ = ["by_muon"]
 
+MATRICES = 5  # that an iteration leaves for its derivative
+MOST_LEFT = 1 << 32  # bytes
+
 
 def by_muon(
     rule: Rule, slow: Slow, feature: Features | None, pages: Pages, blocks: Blocks, brain: Brain, newborn: Brain
 ) -> tuple[Float[Tensor, "count batch heads slots dim"], Brain]:
-    """Let blocks teach a memory, one after the other, and answer their queries."""
+    """Let blocks teach a memory, one after the other, and answer their queries.
+
+    The iteration leaves dozens of matrices behind: where they are many, a block is worked out again in the backward
+    pass.
+    """
     read = []
-    exactly = not rule.by_block and torch.is_grad_enabled()
+    left = blocks.count * rule.muon * MATRICES * sum(min(t.shape[-2:]) ** 2 * t[..., 0, 0].nbytes for t in brain.total)
+    again = torch.is_grad_enabled() and (not rule.by_block or left > MOST_LEFT)
     for n in range(blocks.count):
         if blocks.fresh:
             brain = newborn.pick(blocks.fresh[n], brain)
-        given = rule, slow, feature, pages.at(n), brain
-        found, brain = checkpoint(_block, *given, use_reentrant=False) if exactly else _block(*given)
+        given = rule, slow, feature, pages.at(n), brain, blocks.full[n]
+        found, brain = checkpoint(_block, *given, use_reentrant=False) if again else _block(*given)
         read.append(found)
-        brain = _refreshed(rule, brain, blocks.full[n])
     return torch.stack(read), brain
 
 
-def _block(rule: Rule, slow: Slow, feature: Features | None, page: Pages, brain: Brain) -> tuple[Tensor, Brain]:
+def _block(
+    rule: Rule, slow: Slow, feature: Features | None, page: Pages, brain: Brain, full: bool | Tensor
+) -> tuple[Tensor, Brain]:
+    read, after = _taught(rule, slow, feature, page, brain)
+    return read, _refreshed(rule, after, full)
+
+
+def _taught(rule: Rule, slow: Slow, feature: Features | None, page: Pages, brain: Brain) -> tuple[Tensor, Brain]:
     memory = rule.memory
     x, z = (slow.seen(feature, t) for t in (page.k, page.q))
     batch, heads = page.v.shape[:2]
