@@ -21,6 +21,7 @@ from vestige.training import pretrain
 from vestige.training.pretrain import read, train
 from vestige.training.text import Blocks, find_files, make_tokenizer, split, tokens_of
 
+EXAMPLES = Path(__file__).parents[2] / "examples"
 RHYME = "the cat sat on the mat and the rat ran after the cat. "
 
 
@@ -120,6 +121,23 @@ def test_what_is_wrong_is_said_first(run, changes, error, words):
     with pytest.raises(error, match=words):
         train(run, quiet=True)
     assert not (run.parent / "run" / "model.safetensors").exists()
+
+
+def test_the_example_is_a_description():
+    """And the script beside it trains the same pattern."""
+    shown = read(EXAMPLES / "train_hybrid.yaml")
+    assert VestigeConfig(**shown.model).plan()[3].mixer.name == "softmax"
+    assert repr(shown.model["blocks"]).strip("'") in (EXAMPLES / "train_hybrid.py").read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_the_example_of_a_script(run):
+    """It trains, reads what it saved, and writes."""
+    script = [sys.executable, str(EXAMPLES / "train_hybrid.py"), "text.txt", "3"]
+    done = subprocess.run(script, cwd=run.parent, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "200 tokens written" in done.stdout
+    assert (run.parent / "hybrid" / "model.safetensors").is_file()
 
 
 def test_files_that_are_no_description(tmp_path):
