@@ -34,10 +34,9 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -260,8 +259,7 @@ def prepare(text: str, vocabulary: int, folder: Path) -> None:
     write_whole(folder / COUNTS, json.dumps(counts))
 
 
-@dataclass(frozen=True)
-class Job:
+class Job(NamedTuple):
     """Models that take turns in a process of their own.
 
     Attributes:
