@@ -462,25 +462,28 @@ def _at_slots(tensor: Tensor, slots: Tensor, lines: dict[tuple[int, ...], Tensor
     return rows.index_select(0, line).view(*slots.shape, width)
 
 
-def all_runs(tensors: Sequence[Tensor], first: Int[Tensor, "batch kv runs"], length: int) -> list[Tensor]:
-    """The same runs of ``length`` entries of several ``(batch, kv_heads, slots, dim)``, from the ``first`` of each on:
-    ``(batch, kv_heads, runs, length, dim)``. A run is copied in one piece where it lies in one."""
-    starts: dict[tuple[int, ...], Tensor] = {}
+def all_runs(
+    tensors: Sequence[Tensor], first: Int[Tensor, "batch kv runs"], length: int, begins: dict[Any, Tensor]
+) -> list[Tensor]:
+    """The same runs of ``length`` entries each, from the ``first`` slots on, of several ``(batch, kv_heads, slots,
+    dim)``, side by side: ``(batch, kv_heads, runs * length, dim)``. A run is copied in one piece where it lies in one.
+
+    Where the heads begin is kept in ``begins``, for the layers after this one.
+    """
     found = []
     for tensor in tensors:
         (batch, heads, held, width), strides = tensor.shape, tensor.stride()
         if strides[2:] != (width, 1) or strides[0] % width or strides[1] % width:
             slots = first[..., None] + torch.arange(length, device=first.device)
-            found.append(_at_slots(tensor, slots.flatten(2), {}).unflatten(2, slots.shape[2:]))
+            found.append(at_slots(tensor, slots.flatten(2)))
             continue
         row, head = strides[0] // width, strides[1] // width
-        begins = (batch - 1) * row + (heads - 1) * head + held - length + 1
-        start = starts.get((row, head))
-        if start is None:
-            start = first + torch.arange(heads, device=first.device)[:, None] * head
-            if batch > 1:
-                start = start + torch.arange(batch, device=first.device)[:, None, None] * row
-            starts[row, head] = start = start.flatten()
-        runs = tensor.as_strided((begins, length * width), (width, 1)).index_select(0, start)
-        found.append(runs.view(*first.shape, length, width))
+        begin = begins.get((row, head))
+        if begin is None:
+            every = torch.arange(batch, device=first.device)[:, None] * row
+            begin = (every + torch.arange(heads, device=first.device) * head)[..., None]
+            begins[row, head] = begin
+        last = (batch - 1) * row + (heads - 1) * head + held - length
+        pieces = tensor.as_strided((last + 1, length * width), (width, 1)).index_select(0, (begin + first).flatten())
+        found.append(pieces.view(batch, heads, -1, width))
     return found

@@ -91,13 +91,12 @@ class Rotary:
         turned = (first * cosine - second * sine, second * cosine + first * sine)
         return torch.cat([part.to(states.dtype) for part in turned] + [rest], dim=-1)
 
-    def swap(self, states: Tensor) -> Tensor:
-        """The two halves of the pairs in each other's place: ``states * cosine + swapped * sine`` of
-        :meth:`wide_phase` turns them."""
+    def swapped(self, dim: int, device: torch.device) -> Int[Tensor, " dim"]:
+        """For each channel of a head the one that it is paired with: ``states * cosine + states[..., swapped] * sine``
+        of :meth:`wide_phase` turns states."""
         pairs = len(self.frequencies)
-        swapped = states[..., : 2 * pairs].unflatten(-1, (2, pairs)).flip(-2).flatten(-2)
-        rest = states[..., 2 * pairs :]
-        return torch.cat([swapped, rest], dim=-1) if rest.shape[-1] else swapped
+        channel = torch.arange(dim, device=device)
+        return torch.cat([channel[pairs : 2 * pairs], channel[:pairs], channel[2 * pairs :]])
 
     def wide_phase(self, by: Int[Tensor, ...], like: Tensor) -> tuple[Tensor, Tensor]:
         """As :meth:`phase`, for every channel of ``like``, signs included: of turns that many states are given."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -157,32 +157,32 @@ class LongHeads(Select):
         if known not in step.shared:
             step.shared[known] = _Here(entries, look, step, self.chunks, self.chunk)
         here: _Here = step.shared[known]
-        rotary, query, dtype = entries.cache.rotary, look.query.to(here.exact), look.query.dtype
-        kv_heads, length = entries.keys.shape[1], self.chunk
-        back, swapped = query, query
-        if rotary is not None:
-            swapped = rotary.swap(query)
+        (batch, kv_heads), chunks, length = entries.sizes, self.chunks, self.chunk
+        heads, dtype = batch * kv_heads, look.query.dtype
+        query = look.query.to(here.exact).reshape(heads, -1, look.query.shape[3])
+        back = query
+        if here.turns:
+            swapped = query.index_select(2, here.swapped)
             back = torch.addcmul(query * here.back[0], swapped, here.back[1])
-        score = _joint(back, kv_heads).to(dtype) @ entries.aside["chunks"][:, :, 1 : here.own - 1].mT
-        best = score.squeeze(2).topk(self.chunks - FORCED, dim=2).indices.sort(dim=2).values + 1
-        chosen = torch.cat([here.first, best], dim=2)
+        known = entries.aside["chunks"].flatten(0, 1)[:, 1 : here.own - 1]
+        score = torch.bmm(back.view(heads, 1, -1).to(dtype), known.mT)
+        best = score.topk(chunks - FORCED, dim=2).indices.sort(dim=2).values + 1
+        chosen = torch.cat([here.forced, best], dim=2)
 
-        # The last two chunks stand where they would in any case; what is chosen before them moves up.
-        query = grouped(query * look.scaling, kv_heads)
-        rows = query.transpose(2, 3)
-        if rotary is not None:
-            phase = here.phases.index_select(0, (here.place - chosen).flatten()).unflatten(0, (*chosen.shape, 1))
-            cosine, sine = phase.chunk(2, dim=-1)
-            rows = torch.addcmul(rows * cosine, grouped(swapped * look.scaling, kv_heads).transpose(2, 3), sine)
-        keys, values = all_runs((entries.keys, entries.values), chosen * length, length)
-        near_keys, near_values = (held[:, :, (here.own - 1) * length :] for held in (entries.keys, entries.values))
-        far = (rows.to(dtype) @ keys.mT).transpose(2, 3).flatten(3)
-        logits = torch.cat([far, query.squeeze(3).to(dtype) @ near_keys.mT], dim=3)
+        if here.turns:
+            phase = here.phases.index_select(0, (here.place - chosen).flatten()).view(heads, chunks, 1, 2, -1)
+            rows = torch.addcmul(query[:, None] * phase[..., 0, :], swapped[:, None], phase[..., 1, :])
+        else:
+            rows = (query * look.scaling)[:, None].expand(-1, chunks, -1, -1)
+        first = here.starts[chosen].view(batch, kv_heads, chunks)
+        keys, values = all_runs((entries.keys, entries.values), first, length, here.begins)
+        products = torch.bmm(rows.flatten(0, 1).to(dtype), keys.view(heads * chunks, length, -1).mT)
+        logits = products.unflatten(0, (heads, chunks)).transpose(1, 2).flatten(2)[:, :, here.earlier :]
         if look.softcap is not None:
             logits = look.softcap * torch.tanh(logits / look.softcap)
-        share = logits.softmax(dim=3, dtype=here.exact).to(values.dtype)
-        output = share[..., : far.shape[3]] @ values.flatten(2, 3) + share[..., far.shape[3] :] @ near_values
-        return output.flatten(1, 2)[:, None]
+        share = logits.softmax(dim=2, dtype=here.exact).to(dtype)
+        output = torch.bmm(share, values.flatten(0, 1)[:, here.earlier :])
+        return output.view(batch, 1, -1, values.shape[3])
 
     def _choose(self, entries: KeptLayer, text: _Text, at: _Near) -> Int[Tensor, "batch kv count chunks"]:
         """The chunks that some queries attend to, in the order of the text."""
@@ -256,26 +256,40 @@ class LongHeads(Select):
 class _Here:
     """What goes by the place of one token, the same in all rows and layers.
 
+    The last two of its chunks are read as the two runs that end with it, of which the ``earlier`` entries are not its
+    to read. They come first, so that what is left lies side by side.
+
     Attributes:
         own: the chunk that it is in.
-        first: ``(batch, kv_heads, 1)`` the chunk that is read in any case, beside the last two.
-        place: ``(chunks - 2,)`` the chunk that would stand in the text where each of those before the last two is
+        forced: ``(batch * kv_heads, 1, 3)`` chunks that are read in any case: the last two, and the first.
+        place: ``(chunks,)`` for each that is read, in this order, the chunk that would stand in the text where it is
             taken to stand.
+        starts: ``(own + 1,)`` the slot from which on a chunk is read.
+        turns: whether positions enter by turning.
+        swapped: ``(dim,)`` the channel that each is turned with.
         back: the turn of the query back to position 0.
-        phases: ``(own + 1, 2 * dim)`` turns back by 0, 1, ... chunks, cosines and sines.
+        phases: ``(own + 1, 2 * dim)`` turns back by 0, 1, ... chunks, cosines and sines, and the model's scaling.
+        begins: where the heads begin in the storage of entries.
     """
 
     def __init__(self, entries: KeptLayer, look: Look, step: Step, chunks: int, chunk: int) -> None:
         (batch, kv_heads), device, asked = entries.sizes, look.query.device, step.start
         self.exact = torch.promote_types(look.query.dtype, torch.float32)
         self.own = asked // chunk
-        self.first = torch.zeros(batch, kv_heads, 1, dtype=torch.long, device=device)
-        self.place = torch.arange(self.own - chunks + 1, self.own - 1, device=device)
-        if (rotary := entries.cache.rotary) is not None:
-            like = look.query
+        last = [self.own - 1, self.own]
+        self.forced = torch.tensor([*last, 0], device=device).expand(batch * kv_heads, 1, 3)
+        self.place = torch.tensor([*last, *range(self.own - chunks + 1, self.own - 1)], device=device)
+        ends = [asked + 1 - 2 * chunk, asked + 1 - chunk]
+        self.starts = torch.tensor([*range(0, last[0] * chunk, chunk), *ends], device=device)
+        self.earlier = last[0] * chunk - ends[0]
+        self.begins: dict[Any, Tensor] = {}
+        rotary, like = entries.cache.rotary, look.query
+        self.turns = rotary is not None
+        if rotary is not None:
+            self.swapped = rotary.swapped(like.shape[3], device)
             self.back = rotary.wide_phase(torch.tensor(-asked, device=device), like)
             every = -chunk * torch.arange(self.own + 1, device=device)
-            self.phases = torch.cat(rotary.wide_phase(every, like), dim=-1)
+            self.phases = torch.cat(rotary.wide_phase(every, like), dim=-1) * look.scaling
 
 
 class _Near:
