@@ -121,6 +121,8 @@ def test_what_is_wrong_is_said_first(run, changes, error, words):
     with pytest.raises(error, match=words):
         train(run, quiet=True)
     assert not (run.parent / "run" / "model.safetensors").exists()
+    if "model" in changes:  # before a tokenizer was learnt
+        assert not (run.parent / "run").exists()
 
 
 def test_the_example_is_a_description():

@@ -139,6 +139,7 @@ def train(
     """
     settings = source if isinstance(source, Training) else read(source)
     files = find_files(settings.data)
+    _config(settings, {"vocab_size": 1})  # what cannot be built is refused before a tokenizer is made
     checkpoints = settings.out / "checkpoints"
     arguments = _arguments(settings, checkpoints, quiet)  # from here on the processes know one another
     with arguments.main_process_first(desc="tokenizer"):
@@ -148,7 +149,8 @@ def train(
     tokens, size = tokens_of(tokenizer, files)
     seen, held_out = split(tokens, settings.length, settings.held_out)
     set_seed(settings.seed)
-    model = VestigeLM(_config(settings, tokenizer))
+    special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")}
+    model = VestigeLM(_config(settings, {**special, "vocab_size": len(tokenizer)}))
     stop = _StopWhenAsked()
     trainer = _Trainer(
         model=model, args=arguments, train_dataset=seen, eval_dataset=held_out, callbacks=[stop, _Progress(quiet)]
@@ -192,14 +194,15 @@ def _tokenizer(settings: Training, files: list[Path], first: bool) -> Any:
     return make_tokenizer(str(settings.out), files)
 
 
-def _config(settings: Training, tokenizer: Any) -> VestigeConfig:
-    special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")}
-    sizes = {"max_position_embeddings": max(settings.length, 2048), **settings.model, "vocab_size": len(tokenizer)}
+def _config(settings: Training, of_tokenizer: Mapping[str, Any]) -> VestigeConfig:
+    """The model's, with what only a tokenizer tells."""
     known = inspect.signature(VestigeConfig).parameters
     for name in settings.model:
         if name not in known:
             raise SpecError(f"field 'model': unknown field {name!r}; {did_you_mean(name, known)}")
-    return VestigeConfig(**{**special, **sizes})
+    context = {"max_position_embeddings": max(settings.length, 2048)}
+    vocabulary = {"vocab_size": of_tokenizer["vocab_size"]}
+    return VestigeConfig(**{**context, **of_tokenizer, **settings.model, **vocabulary})
 
 
 def _steps_of(checkpoint: str) -> int:
