@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from vestige.context.layer import all_runs
 from vestige.context.select import longheads as longheads_module
 from vestige.context.select.longheads import LongHeads
 from vestige.context.select.recycled_attention import RecycledAttention
@@ -199,6 +200,23 @@ def test_a_text_beyond_the_trained_length_is_read_at_trained_distances():
         cache = kept.new_cache()
         assert torch.cat(feed(model, ids, (600, 290, *[1] * 10), cache, kept=False).logits, dim=1).isfinite().all()
         assert cache.layers[0].aside["chunks"].shape[2] == 900 // 8
+
+
+@pytest.mark.parametrize("layout", ["plain", "with room", "by token", "repeated"])
+def test_runs_of_entries_are_found_however_they_lie(layout):
+    batch, heads, slots, dim, length = 2, 3, 11, 4, 3
+    room = torch.randn(batch, heads, 2 * slots, dim)
+    entries = {
+        "plain": room[:, :, :slots].contiguous(),
+        "with room": room[:, :, :slots],
+        "by token": room.transpose(1, 2).contiguous().transpose(1, 2)[:, :, :slots],
+        "repeated": room[:1, :, :slots].expand(batch, -1, -1, -1),
+    }[layout]
+    first = torch.randint(0, slots - length + 1, (batch, heads, 5))
+    first[-1, -1, -1] = slots - length
+    found, again = all_runs((entries, entries), first, length, {})
+    due = entries.gather(2, (first[..., None] + torch.arange(length)).flatten(2)[..., None].expand(-1, -1, -1, dim))
+    assert torch.equal(found, due) and torch.equal(again, due)
 
 
 @pytest.mark.parametrize("form, word", [({"budget": 700, "chunk": 256}, "768"), ({"budget": 0.5}, "budget")])

@@ -133,6 +133,8 @@ def test_a_batch_recites_as_each_prompt_alone_and_as_greedy_decoding(toy):
     with torch.inference_mode():
         batch = model(context_batch(prompts), use_cache=True).past_key_values
         together = recite(model, prompts, batch)
+        again = model(context_batch(prompts), use_cache=True).past_key_values
+        assert recite(model, prompts, again, steps=True) == together
         for prompt, recital in zip(prompts, together, strict=True):
             alone = model(context_batch([prompt]), use_cache=True).past_key_values
             assert recite(model, [prompt], alone) == [recital]
