@@ -7,6 +7,7 @@ import torch
 
 from vestige.errors import SpecError
 from vestige.layers.layout import Layout
+from vestige.layers.mixers.recurrent import RecurrentLayer
 from vestige.layers.mixers.sparse_state_expansion import SparseStateExpansion, largest, uneven
 from vestige.layers.ops.local_linear import local_linear_attention
 from vestige.layers.ops.softmax_scan import softmax_scan
@@ -79,14 +80,38 @@ def test_the_router_is_urged_to_use_all_partitions():
         layer.train(training)
         return torch.autograd.grad(layer(x, layout).square().sum(), layer.router.weight)[0]
 
-    share, chosen = layer.route(layout.blank(x))
-    loss = uneven(share, chosen, valid)
+    share, touched = layer.route(layout.blank(x))
+    loss = uneven(share, touched, valid)
+    chosen = (touched[..., None] == torch.arange(3)).any(2)
     often = torch.stack([chosen[valid][:, n].double().mean() for n in range(3)])
     assert loss.item() == pytest.approx(3 * (share[valid].mean(0) * often).sum().item())
     (due,) = torch.autograd.grad(0.5 * loss, layer.router.weight)
     torch.testing.assert_close(slope(True) - slope(False), due)
-    even = torch.eye(3, dtype=torch.bool)[None]
+    even = torch.arange(3)[None, :, None]
     assert uneven(torch.full((1, 3, 3), 1 / 3), even, None).item() == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("active", [1, 2])
+@pytest.mark.parametrize("case", ["plain", "padded", "packed"])
+def test_sorted_by_partition_they_read_what_one_matrix_gives(active, case):
+    """With and without a state that is wanted: outputs and gradients."""
+    torch.manual_seed(0)
+    layer = SparseStateExpansion(partitions=3, active=active, chunk=4).build(Place(hidden_size=16, heads=2)).double()
+    layer.eval()
+    for weight in layer.parameters():
+        torch.nn.init.normal_(weight, std=0.5)
+    layout = Layout.of(2, 23)
+    if case == "padded":
+        layout = Layout.of(2, 23, held=torch.arange(23) >= torch.tensor([[0], [7]]))
+    if case == "packed":
+        layout = Layout.of(1, 23, cu_seqlens=torch.tensor([0, 2, 3, 17, 23]))
+    x = draw(*layout.positions.shape, 16).requires_grad_()
+    found = []
+    for read in (layer(x, layout), RecurrentLayer.forward(layer, x, layout)):
+        read = read * (1 if layout.valid is None else layout.valid[..., None])
+        found.append([read, *torch.autograd.grad(read.square().sum(), [x, *layer.parameters()])])
+    torch.testing.assert_close(*found, atol=1e-10, rtol=1e-7)
+    assert layer.route(x)[1].unique().tolist() == [0, 1, 2]
 
 
 def test_partitions_that_cannot_be():

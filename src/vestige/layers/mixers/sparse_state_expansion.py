@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -13,9 +14,10 @@ from vestige.core.method import Paper, Verdict, param
 from vestige.errors import SpecError
 from vestige.layers.layout import Layout
 from vestige.layers.mixers.recurrent import LinearLayer, LinearMixer, Memory
-from vestige.layers.ops.recurrence import Drive, exact
+from vestige.layers.ops.recurrence import Drive, exact, recurrence
 from vestige.layers.parts import GatedHeadNorm, join_heads, split_heads
 from vestige.layers.place import Place
+from vestige.layers.state import LayerState
 
 __all__ = ["SparseStateExpansion", "SparseStateExpansionLayer", "largest", "uneven"]
 
@@ -30,7 +32,7 @@ def largest(x: Float[Tensor, "... n"], count: int) -> Bool[Tensor, "... n"]:
 
 def uneven(
     share: Float[Tensor, "batch length partitions"],
-    chosen: Bool[Tensor, "batch length partitions"],
+    touched: Int[Tensor, "batch length active"],
     valid: Bool[Tensor, "batch length"] | None,
 ) -> Float[Tensor, ""]:
     """How unevenly partitions are used: 1 where each is chosen as often as the next, more where few are.
@@ -39,9 +41,9 @@ def uneven(
     """
     real = torch.ones_like(share[..., 0]) if valid is None else valid.to(share)
     weight = real / real.sum().clamp_min(1)
-    mean, often = (torch.einsum("bl,bln->n", weight, t.to(share)) for t in (share, chosen))
-    active = chosen.sum(-1).max().clamp_min(1)
-    return share.shape[-1] / active * (mean * often).sum()
+    chosen = torch.zeros_like(share).scatter(-1, touched, 1.0)
+    mean, often = (torch.einsum("bl,bln->n", weight, t) for t in (share, chosen))
+    return share.shape[-1] / touched.shape[-1] * (mean * often).sum()
 
 
 class _Urged(torch.autograd.Function):
@@ -54,6 +56,37 @@ class _Urged(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, slope: Tensor) -> Any:  # type: ignore[override]
         return slope, slope.new_ones(())
+
+
+class _Moved(torch.autograd.Function):
+    """Rows in another order; ``back`` is the way back, which slopes go."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, order: Tensor, back: Tensor) -> Tensor:
+        ctx.save_for_backward(back)
+        return x.index_select(0, order)
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> Any:  # type: ignore[override]
+        return slope.index_select(0, *ctx.saved_tensors), None, None
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """What tokens write and read.
+
+    Attributes:
+        common, own: queries, keys, logarithms of decays, ``(batch, length, heads, keys)``, for the rows of all tokens
+            and those of a partition.
+        share: how much each partition is a token's; touched: those that it touches.
+        v: values.
+    """
+
+    common: tuple[Tensor, Tensor, Tensor]
+    own: tuple[Tensor, Tensor, Tensor]
+    share: Float[Tensor, "batch length partitions"]
+    touched: Int[Tensor, "batch length active"]
+    v: Float[Tensor, "batch length heads values"]
 
 
 class SparseStateExpansionLayer(LinearLayer):
@@ -82,22 +115,61 @@ class SparseStateExpansionLayer(LinearLayer):
         self.norm = GatedHeadNorm(values, place.eps)
         self.o_proj = nn.Linear(self.heads * values, size, bias=False)
 
+    def forward(self, x: Tensor, layout: Layout, state: LayerState | None = None) -> Tensor:
+        if state is not None:
+            return super().forward(x, layout, state)
+        x = layout.blank(x)  # nobody wants to know what is held at the end, as in training
+        return self.finish(self.apart(self.parts(x, layout), layout), x)
+
     def project(self, x: Tensor, layout: Layout, memory: Memory) -> Drive:
+        parts = self.parts(x, layout)
+        chosen = torch.zeros_like(parts.share, dtype=torch.bool).scatter(-1, parts.touched, True)
+        weight = (parts.share * chosen)[:, :, None, :, None]  # (batch, length, 1, partitions, 1)
+        (q, k, fade), own = parts.common, parts.own
+        q, k = (
+            torch.cat([first, (weight.to(each) * each[..., None, :]).flatten(-2)], -1)
+            for first, each in ((q, own[0]), (k, own[1]))
+        )
+        touched = chosen[:, :, None, :, None] * own[2][..., None, :]
+        return Drive(q, k, parts.v, torch.cat([fade, touched.flatten(-2)], -1), scale=self.scale)
+
+    def parts(self, x: Tensor, layout: Layout) -> _Parts:
+        """What tokens write and read."""
         q, k, v, fade = self.q_proj(x), self.k_proj(x), self.v_proj(x), self.decay(x)
         common = self.rows(q, k, fade)
         own = self.rows(q + self.q_change(x), k + self.k_change(x), self.partition_decay(x))
-        share, chosen = self.route(x)
+        share, touched = self.route(x)
         if self.training and self.mixer.balance and torch.is_grad_enabled():
-            v = _Urged.apply(v, self.mixer.balance * uneven(share, chosen, layout.valid))
-        weight = (share * chosen).to(v.dtype)[:, :, None, :, None]  # (batch, length, 1, partitions, 1)
-        q, k = (  # the largest tensors of the layer: in the type that the recurrence multiplies in
-            torch.cat([first.to(v.dtype), (weight * each.to(v.dtype)[..., None, :]).flatten(-2)], -1)
-            for first, each in zip(common[:2], own[:2], strict=True)
-        )
-        touched = chosen[:, :, None, :, None] * own[2][..., None, :]
-        return Drive(
-            q, k, F.silu(split_heads(v, self.heads)), torch.cat([common[2], touched.flatten(-2)], -1), scale=self.scale
-        )
+            v = _Urged.apply(v, self.mixer.balance * uneven(share, touched, layout.valid))
+        # The largest tensors of the layer are in the type that the recurrence multiplies in.
+        common, own = ((q.to(v.dtype), k.to(v.dtype), fade) for q, k, fade in (common, own))
+        return _Parts(common, own, share, touched, F.silu(split_heads(v, self.heads)))
+
+    def apart(self, parts: _Parts, layout: Layout) -> Float[Tensor, "batch length heads values"]:
+        """What is read where nothing was held before: the tokens that touch a partition follow each other, as packed
+        sequences do, so that none is multiplied by zeros."""
+        drives = [Drive(q, k, parts.v, fade, scale=self.scale) for q, k, fade in (parts.common, parts.own)]
+        common, own = (drive.blanked(layout.valid) for drive in drives)
+        chunk, active = self.mixer.chunk, self.mixer.active
+        read, _ = recurrence(common, starts=layout.starts, cu_seqlens=layout.cu_seqlens, chunk=chunk)
+        number = parts.touched * (1 + parts.v.shape[1])  # sequences of a partition, and of a packed text in it
+        number = (number if layout.sequence is None else number + layout.sequence[..., None]).flatten(1)
+        number, order = number.sort(dim=1, stable=True)
+        starts = F.pad(number[:, 1:] != number[:, :-1], (1, 0), value=True)
+        rows = (order + order.shape[1] * torch.arange(len(order), device=order.device)[:, None]).flatten()
+        back = torch.empty_like(rows).scatter(0, rows, torch.arange(len(rows), device=rows.device))
+
+        def beside(t: Tensor) -> Tensor:
+            """Tokens of a partition beside each other."""
+            each = t[:, :, None].expand(-1, -1, active, *t.shape[2:]).flatten(0, 2)
+            return _Moved.apply(each, rows, back).unflatten(0, order.shape)  # type: ignore[no-any-return]
+
+        assert own.decay is not None
+        q, k, v, fade = (beside(t) for t in (own.q, own.k, own.v, own.decay))
+        share = parts.share.gather(-1, parts.touched).flatten(1).gather(1, order)[..., None, None].to(q)
+        found, _ = recurrence(Drive(share * q, share * k, v, fade, scale=self.scale), starts=starts, chunk=chunk)
+        found = _Moved.apply(found.flatten(0, 1), back, rows)
+        return read + found.unflatten(0, (*read.shape[:2], active)).sum(2)
 
     def rows(self, q: Tensor, k: Tensor, fade: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and logarithms of decays, by head; a token writes to the rows of its largest keys alone, and
@@ -109,11 +181,11 @@ class SparseStateExpansionLayer(LinearLayer):
             k, fade = k.masked_fill(~written, -torch.inf), fade * written
         return F.silu(q), k.softmax(-1), fade
 
-    def route(self, x: Tensor) -> tuple[Tensor, Bool[Tensor, "batch length partitions"]]:
+    def route(self, x: Tensor) -> tuple[Tensor, Int[Tensor, "batch length active"]]:
         """How much each partition is a token's, summing to one, and which of them it touches."""
         weight = self.router.weight.to(exact(x))
         share = F.linear(x.to(weight.dtype), weight).softmax(-1)
-        return share, largest(share, self.mixer.active)
+        return share, share.topk(self.mixer.active, -1).indices
 
     def finish(self, read: Tensor, x: Tensor) -> Tensor:
         return self.o_proj(join_heads(self.norm(read, split_heads(self.g_proj(x), self.heads)).to(x.dtype)))
@@ -131,8 +203,9 @@ class SparseStateExpansion(LinearMixer):
     of low rank. Sparse writing keeps what stands elsewhere from being blurred. While training, the router is urged to
     use all partitions by ``balance`` times a loss that is differentiated with the model's own, whatever that is.
 
-    Here a head has one matrix with the rows of all partitions, so the sparsity is one of keys: what is not touched
-    costs multiplications by zero, but no memory traffic of its own.
+    A head has one matrix with the rows of all partitions. In training tokens are sorted by the partitions that they
+    touch, and none is multiplied by rows that it does not. A state that is carried on is brought up to date as a whole:
+    there, what is not touched costs multiplications by zero.
     """
 
     name = "sparse-state-expansion"
