@@ -110,7 +110,7 @@ class Check:
     says: str
     run: CheckFunction = field(repr=False, compare=False)
     slow: bool = False
-    claim: bool = False  # of this method alone: may fail where the method's verdict says so
+    claim: bool = False  # what a paper finds: may fail where the method's verdict says so
     fills: bool = True  # enough for its point not to count as empty
 
 
@@ -133,18 +133,19 @@ class Suite:
         _suites.append(self)
 
     def check(
-        self, point: Point, *, slow: bool = False, fills: bool = True
+        self, point: Point, *, slow: bool = False, claim: bool = False, fills: bool = True
     ) -> Callable[[CheckFunction], CheckFunction]:
         """Add a function as a check of a point. Its docstring's first line says what holds.
 
         Args:
             point: one of the six.
             slow: whether it takes ten seconds and more on two cores; the plain test run then leaves it out.
+            claim: whether it asks for what the method's paper finds; it may fail where the method's verdict says so.
             fills: whether it is enough for the point not to count as empty.
         """
 
         def add(function: CheckFunction) -> CheckFunction:
-            self.checks.append(as_check(function, point, slow=slow, fills=fills))
+            self.checks.append(as_check(function, point, slow=slow, claim=claim, fills=fills))
             return function
 
         return add

@@ -244,7 +244,7 @@ def bfloat16_stays_finite(case: EraserCase) -> Seen:
     return {"models": len(KINDS)}
 
 
-@suite.check("behaviour", slow=True)
+@suite.check("behaviour", slow=True, claim=True)
 def a_digit_is_forgotten_and_the_others_are_not(case: EraserCase) -> Seen:
     """On unseen images a digit does about as badly, and the others about as well, as in a model that never saw it."""
     seen: dict[str, list[float]] = {name: [] for name in ("digit before", "digit", "digit retrained")}
