@@ -4,7 +4,8 @@
     python benchmarks/weights/retain.py --stream fashion-mnist
     python benchmarks/weights/retain.py --stream domains --device cuda      # speeches, Python source, dictionary
     python benchmarks/weights/retain.py --stream facts --device cuda        # elements and countries, asked for
-    python benchmarks/weights/retain.py --stream facts-small                # the same, a small model of our own
+    python benchmarks/weights/retain.py --stream domains-small              # the same, a small model of our own
+    python benchmarks/weights/retain.py --stream facts-small
 
 **Pictures.** Ten classes, two at a time, learnt by a small vision transformer; the experience is not known when it is
 asked. The model comes with something: the pictures of the other collection, in ten classes of their own. What is left
@@ -12,7 +13,8 @@ of these is the general ability; they are also the general samples of learners t
 
 **Language.** SmolLM2 learns texts of one kind after the other, or one property of elements and countries after the
 other; the general ability, and the general samples, are passages of a novel. A small model of bytes learns the same
-properties of fewer of them; it was taught such passages before. Scores are log-likelihoods per token.
+properties of fewer of them, and fewer and shorter texts; it was taught such passages before. Scores are log-likelihoods
+per token.
 
 All learners begin with the same weights and take the same steps. Settings are the defaults, or round numbers beside
 them; nothing was tuned. Results go beside this script, a row for each learner and seed; what is there is not run again,
@@ -45,11 +47,12 @@ TRAINING: dict[str, dict[str, Any]] = {
     "fashion-mnist": {"num_train_epochs": 2, "per_device_train_batch_size": 16, "learning_rate": 2e-3},
     "domains": {"num_train_epochs": 2, "per_device_train_batch_size": 16, "learning_rate": 2e-4},
     "facts": {"num_train_epochs": 8, "per_device_train_batch_size": 16, "learning_rate": 2e-4},
+    "domains-small": {"num_train_epochs": 3, "per_device_train_batch_size": 16, "learning_rate": 2e-3},
     "facts-small": {"num_train_epochs": 30, "per_device_train_batch_size": 16, "learning_rate": 2e-3},
 }
 BEFORE = Learning(epochs=5, learning_rate=3e-3, batch=32)
 TEXT = {"train": 480, "test": 64, "general": 128, "held_out": 64, "subjects": 118}  # blocks of 256 tokens; subjects
-SMALL = 40  # subjects that the small model learns of
+SMALL = {"train": 240, "subjects": 40, "length": 128}  # of which the small model learns
 # Forms of methods that are worth a row beside the one with its defaults; the order is that in which they are run.
 FORMS: dict[str, list[dict[str, Any]]] = {
     "finetune": [],
@@ -133,13 +136,14 @@ def on_pictures(name: str, seed: int, device: str) -> Course:
 def on_language(name: str, seed: int, device: str) -> Course:
     import language
 
-    small = name == "facts-small"
+    small = name.endswith("-small")
+    sizes = {**TEXT, "length": language.LENGTH, **(SMALL if small else {})}
     known = language.new_small(device, seed) if small else language.smollm2(device)
     samples, held_out = language.general_text(known.tokenizer, seed, TEXT["general"], TEXT["held_out"])
-    if name == "domains":
-        stream = language.domains(known.tokenizer, seed, TEXT["train"], TEXT["test"])
+    if name.startswith("domains"):
+        stream = language.domains(known.tokenizer, seed, sizes["train"], sizes["test"], sizes["length"])
     else:
-        stream = language.fact_stream(known.tokenizer, seed, SMALL if small else TEXT["subjects"])
+        stream = language.fact_stream(known.tokenizer, seed, sizes["subjects"])
     if small:
         teach(known.model, samples, BEFORE.model_copy(update={"seed": seed}))
     return Course(
@@ -150,8 +154,8 @@ def on_language(name: str, seed: int, device: str) -> Course:
         held_out=held_out,
         collator=known.collate,
         evaluated=16,
-        about={"model": "bytes" if small else "smollm2", **TEXT, "tokens": language.LENGTH}
-        | ({"subjects": SMALL, "weights": sum(p.numel() for p in known.model.parameters())} if small else {}),
+        about={"model": "bytes" if small else "smollm2", **sizes}
+        | ({"weights": sum(p.numel() for p in known.model.parameters())} if small else {}),
     )
 
 

@@ -17,6 +17,11 @@ RESULTS, PAGE = ROOT / "benchmarks" / "weights", ROOT / "docs" / "weights.md"
 STREAMS = {"digits": "Split digits", "fashion-mnist": "Split Fashion-MNIST"}
 LANGUAGE = {
     "domains": ("Texts of one kind after the other", "perplexity at the end", lambda score: f"{math.exp(-score):.1f}"),
+    "domains-small": (
+        "Fewer such texts, a small model of bytes",
+        "perplexity of a byte at the end",
+        lambda score: f"{math.exp(-score):.1f}",
+    ),
     "facts": (
         "Facts, property by property",
         "likelihood of a token at the end",
