@@ -136,7 +136,9 @@ def test_windows(length, window, dim, case, past):
 
     assert flash_window.serves(parts["query"], parts["value"]) == (length >= flash_window.FEWEST)
     for here, there in zip(run(torch.bfloat16), run(torch.float64), strict=True):
-        assert relative(here, there) < 3e-2
+        assert (
+            here.double() - there
+        ).norm() <= 3e-2 * there.norm() + 1e-5  # of one key the share is one, its slope none
 
 
 @pytest.mark.parametrize("name", [*names_of(Mixer), *names_of(Channel)])

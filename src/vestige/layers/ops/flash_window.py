@@ -12,7 +12,6 @@ sum of weights, so they are given :math:`o` and :math:`\ell`.
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -38,15 +37,15 @@ def serves(query: Tensor, value: Tensor) -> bool:
         and dim <= WIDEST
         and dim % 8 == 0
         and query.shape[2] >= FEWEST
-        and torch.backends.cuda.flash_sdp_enabled()
         and _there(query.device)
     )
 
 
 @torch.compiler.assume_constant_result
-@functools.cache
 def _there(device: torch.device) -> bool:
-    return torch.backends.cuda.is_flash_attention_available() and torch.cuda.get_device_capability(device)[0] >= 8
+    flags = torch.backends.cuda
+    allowed = flags.is_flash_attention_available() and flags.flash_sdp_enabled()
+    return allowed and torch.cuda.get_device_capability(device)[0] >= 8
 
 
 def by_flash(
