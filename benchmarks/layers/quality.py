@@ -2,7 +2,7 @@
 
     python benchmarks/layers/quality.py recall --out tuning.jsonl --seeds 100 --rates 2e-3 5e-3 --widths 64
     python benchmarks/layers/quality.py recall --out recall.jsonl --tuned tuning.jsonl --workers 2 --minutes 9
-    python benchmarks/layers/quality.py language --out language.jsonl --rates 1e-3 --together 3
+    python benchmarks/layers/quality.py language --out language.jsonl --workers 2 --minutes 9
 
 ``recall``: multi-query associative recall (arXiv 2312.04927). A model has two blocks: one that can hold no pairs, the
 same for all, whose short convolution tells each value its key (without it a model learns for thousands of steps before
@@ -396,7 +396,7 @@ def arguments() -> argparse.Namespace:
         way.add_argument("--tuned", type=Path, help="a ledger of other seeds: of each mixer the best of its rates")
     sizes: dict[argparse.ArgumentParser, dict[str, int]] = {
         one: {"keys": 64, "steps": 4000, "tokens": 8192},
-        other: {"width": 384, "layers": 5, "length": 512, "vocabulary": 4096, "steps": 600, "rows": 32},
+        other: {"width": 384, "layers": 5, "length": 512, "vocabulary": 4096, "steps": 400, "rows": 32},
     }
     for way, numbers in sizes.items():
         for name, default in numbers.items():
