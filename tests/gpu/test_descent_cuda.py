@@ -41,3 +41,14 @@ def test_replayed_steps_are_those_of_python(mixer):
     assert len(replayed.replays) == len(beside.replays) == len(TASKS) and not plain.captured
     for found in losses[1:]:
         assert found == pytest.approx(losses[0], rel=2e-3)
+
+
+def test_one_that_goes_on_does_what_the_other_would_have_done():
+    whole, first, second = (descent("gla", True) for _ in range(3))
+    losses = descend_together([whole])[0]
+    for _ in range(STEPS // 2):
+        first.step()
+    second.go_on(first.tensors())
+    assert second.done == STEPS // 2
+    assert descend_together([second])[0] == pytest.approx(losses, rel=2e-3)
+    assert second.captured
