@@ -85,11 +85,16 @@ def names(family: type[Method]) -> list[str]:
 def forms_of(
     family: type[Method], forms: dict[str, list[dict[str, Any]]], only: list[str] | None = None
 ) -> list[tuple[str, dict[str, Any]]]:
-    """The methods of a family, each as it is and in further forms; those named in ``forms`` first, in its order."""
+    """The methods of a family, each as it is and in further forms; those named in ``forms`` first, in its order.
+
+    With ``only`` those of these names or labels, in that order.
+    """
     known = names(family)
     order = [name for name in forms if name in known] + [name for name in known if name not in forms]
-    wanted = [name for name in order if not only or name in only]
-    return [(name, changes) for name in wanted for changes in ({}, *forms.get(name, ()))]
+    found = [(name, changes) for name in order for changes in ({}, *forms.get(name, ()))]
+    if only is None:
+        return found
+    return [form for wanted in only for form in found if wanted in (form[0], label(*form))]
 
 
 def label(name: str, changes: dict[str, Any]) -> str:
@@ -108,7 +113,7 @@ def options(about: str | None) -> argparse.ArgumentParser:
     """The options that scripts have in common."""
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="default: a file beside this script, which is gone on with")
-    parser.add_argument("--only", nargs="+", help="names of methods; default: every registered one")
+    parser.add_argument("--only", nargs="+", help="names of methods, or of their forms; default: all")
     parser.add_argument("--minutes", type=float, help="begin nothing new after so many; another call goes on")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--threads", type=int, default=1, help="of the CPU; small models do not gain from more")

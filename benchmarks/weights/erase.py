@@ -4,13 +4,15 @@
     python benchmarks/weights/erase.py --data fashion-mnist
     python benchmarks/weights/erase.py --data facts --device cuda --tune       # settings, on a seed of their own
     python benchmarks/weights/erase.py --data facts --device cuda
+    python benchmarks/weights/erase.py --data facts-small                      # likewise, with --tune before
 
 **Pictures.** A small vision transformer learns ten classes; then it is to forget one of them (class 3), or a hundred
 rows drawn at random. Erasers run with the settings that their certificates use on small models.
 
 **Facts.** SmolLM2 learns facts of elements and countries as questions and answers, those of elements in two wordings;
 then it is to forget all about twelve elements, and is given the first wording of these alone. The size of an eraser's
-steps was chosen on a seed of its own (``--tune``): the one that comes nearest to the model trained again.
+steps was chosen on a seed of its own (``--tune``): the one that comes nearest to the model trained again. A small model
+of bytes learns fewer of them, and is to forget four elements (``facts-small``).
 
 Each result is audited as a user would (``vestige.evidence.audit_erasure``): accuracy on what was to be forgotten, kept
 and never seen, membership inference, relearning, probes, four bits, and for language questions in other words; the same
@@ -45,35 +47,67 @@ from vestige.weights.erase.eraser import Eraser, Work
 from vestige.weights.erase.examples import Examples, Reader
 from vestige.weights.modes import evaluating
 
-CLASS, ROWS, ELEMENTS = 3, 100, 12
-TASKS = {"digits": ("class", "random"), "fashion-mnist": ("class", "random"), "facts": ("elements",)}
+CLASS, ROWS = 3, 100
+TASKS = {"digits": ("class", "random"), "fashion-mnist": ("class", "random")}
+TASKS |= {"facts": ("elements",), "facts-small": ("elements",)}
+ELEMENTS: dict[str, tuple[int, int | None]] = {"facts": (12, None), "facts-small": (4, 16)}  # of how many
 TEACHING = {
     "digits": Learning(epochs=12, learning_rate=3e-3, batch=50),
     "fashion-mnist": Learning(epochs=12, learning_rate=2e-3, batch=50),
     "facts": Learning(epochs=8, learning_rate=1e-4, batch=32),
+    "facts-small": Learning(epochs=40, learning_rate=3e-3, batch=16),
 }
 FURTHER = 0.25  # of the epochs and of the step size of teaching, with which the baseline goes on
 RELEARNING = {
     "pictures": Relearning(learning_rate=1e-3, steps=20),
     "facts": Relearning(learning_rate=1e-5, steps=20),
+    "facts-small": Relearning(learning_rate=5e-4, steps=20),
 }
-LOOKED_AT = {"pictures": 300, "facts": 120}  # rows of a set, at most
+LOOKED_AT = {"pictures": 300, "facts": 120, "facts-small": 120}  # rows of a set, at most
 FINETUNE, ERASED, TUNING = "finetune", "erased", 100
 # Forms of methods that are worth a row beside the one with the settings of the certificate.
 FORMS: dict[str, list[dict[str, Any]]] = {"ssd": [{"estimator": "per-example"}]}
-# Of facts: what stays the same, and what is chosen from. Three quarters of the tokens of answers that it was not taught
-# a trained model has right: the ends of answers, what it knew before, and what is easily guessed.
-STEPPED = {"epochs": 10, "check_every": 2, "target": 0.75, "tolerance": 0.25}
-RATES = [{"learning_rate": rate} for rate in (1e-5, 3e-6, 3e-5, 1e-4)]
-GRIDS: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
-    "iau": ({"tolerance": 0.25}, [{"step": step} for step in (1e-5, 3e-6, 3e-5, 1e-4, 2e-4, 3e-4)]),
-    "gs-lora": (STEPPED, [{"learning_rate": rate} for rate in (1e-3, 3e-4, 3e-3, 1e-2, 3e-2, 1e-1)]),
-    "npo": (STEPPED, RATES),
-    "gradient-ascent": (STEPPED, RATES),
-    "random-label-forgetting": (STEPPED, RATES),
-    "salun": ({}, [{"eraser": {"name": "random-label-forgetting", **STEPPED, **rate}} for rate in RATES]),
+# Of facts: what stays the same, and what is chosen from.
+STEPPED = {"epochs": 10, "check_every": 2, "tolerance": 0.25}
+Grid = tuple[dict[str, Any], list[dict[str, Any]]]
+
+
+def _grids(
+    target: float, rates: tuple[float, ...], steps: tuple[float, ...], lora: tuple[float, ...]
+) -> dict[str, Grid]:
+    """By eraser; the first is what is tried first, and taken where nothing was tried.
+
+    Args:
+        target: what a trained model has right of answers that it was not taught: the ends of answers, what it knew
+            before, and what is easily guessed.
+        rates, steps, lora: sizes of steps.
+    """
+    descents: list[dict[str, Any]] = [{"learning_rate": rate} for rate in rates]
+    stepped = {**STEPPED, "target": target}
+    inside = [{"eraser": {"name": "random-label-forgetting", **stepped, **rate}} for rate in descents]
     # How much is selected, and how far it shrinks; the share that alpha is chosen by was looked at with classifiers.
-    "ssd": ({}, [{"dampening": 1.0}, *({"alpha": alpha, "dampening": 1.0} for alpha in (10, 100)), {"dampening": 0.1}]),
+    dampened = [{"dampening": 1.0}, *({"alpha": alpha, "dampening": 1.0} for alpha in (10, 100)), {"dampening": 0.1}]
+    return {
+        "iau": ({"tolerance": 0.25}, [{"step": step} for step in steps]),
+        "gs-lora": (stepped, [{"learning_rate": rate} for rate in lora]),
+        "npo": (stepped, descents),
+        "gradient-ascent": (stepped, descents),
+        "random-label-forgetting": (stepped, descents),
+        "salun": ({}, inside),
+        "ssd": ({}, dampened),
+    }
+
+
+GRIDS: dict[str, dict[str, Grid]] = {
+    "facts": _grids(
+        target=0.75,
+        rates=(1e-5, 3e-6, 3e-5, 1e-4),
+        steps=(1e-5, 3e-6, 3e-5, 1e-4, 2e-4, 3e-4),
+        lora=(1e-3, 3e-4, 3e-3, 1e-2, 3e-2, 1e-1),
+    ),
+    "facts-small": _grids(
+        target=0.6, rates=(3e-4, 1e-4, 1e-3), steps=(1e-3, 3e-4, 3e-3, 1e-2), lora=(1e-2, 3e-3, 3e-2, 1e-1)
+    ),
 }
 # By which a result is held against the model trained again.
 COMPARED = ("forget accuracy", "paraphrases accuracy", "retain accuracy", "unseen accuracy")
@@ -115,7 +149,7 @@ class Task:
 
 def made(data: str, name: str, how: Learning, device: str) -> Task:
     """The task of a name, drawn by the seed of the teaching."""
-    return on_facts(how, device) if data == "facts" else on_pictures(pictures(data, how.seed), name, how, device)
+    return on_facts(data, how, device) if data in GRIDS else on_pictures(pictures(data, how.seed), name, how, device)
 
 
 def on_pictures(data: Pictures, name: str, how: Learning, device: str) -> Task:
@@ -134,13 +168,15 @@ def _some(data: TensorDataset, which: Tensor) -> list[Any]:
     return rows_of(TensorDataset(*(t[which] for t in data.tensors)))
 
 
-def on_facts(how: Learning, device: str) -> Task:
+def on_facts(data: str, how: Learning, device: str) -> Task:
     import language
 
-    tokenizer = language.smollm2(device).tokenizer
-    sets = language.facts_to_forget(tokenizer, how.seed, ELEMENTS)
-    new = lambda: language.smollm2(device).model  # noqa: E731
-    return Task(sets.forget, sets.retain, sets.unseen, [], sets.paraphrases, new, how, "facts")
+    def known() -> Any:
+        return language.new_small(device, how.seed) if data == "facts-small" else language.smollm2(device)
+
+    sets = language.facts_to_forget(known().tokenizer, how.seed, *ELEMENTS[data])
+    new = lambda: known().model  # noqa: E731
+    return Task(sets.forget, sets.retain, sets.unseen, [], sets.paraphrases, new, how, data)
 
 
 def work_on(model: Any, task: Task) -> Work:
@@ -189,16 +225,17 @@ def best(paths: list[Path]) -> dict[str, dict[str, Any]]:
 
 def settings_of(data: str, only: list[str] | None, tuned: list[Path], tune: bool) -> list[tuple[str, dict[str, Any]]]:
     """The erasers and their changes from the settings of the certificate."""
-    if data != "facts":
+    tried = GRIDS.get(data, {})
+    if not tried:
         forms = forms_of(Eraser, FORMS, only)
     elif tune:
-        grids = {name: grid for name, (_, grid) in GRIDS.items() if not only or name in only}
+        grids = {name: grid for name, (_, grid) in tried.items() if not only or name in only}
         most = max(len(grid) for grid in grids.values())
         forms = [(name, grid[n]) for n in range(most) for name, grid in grids.items() if n < len(grid)]
     else:
         chosen = best(tuned)
-        forms = forms_of(Eraser, {name: [] for name in GRIDS}, only)
-        forms = [(name, chosen.get(name) or (GRIDS[name][1][1] if name in GRIDS else {})) for name, _ in forms]
+        forms = forms_of(Eraser, {name: [] for name in tried}, only)
+        forms = [(name, chosen.get(name) or (tried[name][1][0] if name in tried else {})) for name, _ in forms]
     if not tune and (not only or FINETUNE in only):
         forms.insert(0, (FINETUNE, {}))
     return [(name, changes) for name, changes in forms if name != "retrain"]  # the reference of all
@@ -212,8 +249,7 @@ def erased(name: str, changes: dict[str, Any], model: Any, task: Task) -> dict[s
         teach(model, task.retain, task.how.model_copy(update=less))
         return {"seconds": time.perf_counter() - began, "stopped": "finished"}
     method = EraserCase(method=vestige.method(name)).fitted
-    if task.kind == "facts":
-        changes = {**GRIDS.get(name, ({}, []))[0], **changes}
+    changes = {**GRIDS.get(task.kind, {}).get(name, ({}, []))[0], **changes}
     trace = method.replace(**changes).erase(
         model, forget=task.forget, retain=task.retain, batch_size=task.how.batch, seed=task.how.seed
     )
@@ -229,7 +265,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     name = f"erase-{args.data}{'-tuning' if args.tune else ''}.json"
-    tuned = args.tuned or [Path(__file__).with_name("erase-facts-tuning.json")]
+    tuned = args.tuned or [Path(__file__).with_name(f"erase-{args.data}-tuning.json")]
     forms = settings_of(args.data, args.only, tuned, args.tune)
     clock, how = Clock(args.minutes), TEACHING[args.data]
     sheet = Sheet(args.out or Path(__file__).with_name(name), here(args.device))
@@ -237,7 +273,7 @@ def main() -> None:
     for seed, task_name in [(seed, task) for seed in seeds for task in TASKS[args.data]]:
         # Forms of one method are told apart, but where one was chosen among them.
         rows = [
-            {"task": task_name, "eraser": name if args.data == "facts" and not args.tune else label(name, changes)}
+            {"task": task_name, "eraser": name if args.data in GRIDS and not args.tune else label(name, changes)}
             | {"seed": seed, "method": name, "changes": changes}
             for name, changes in forms
         ]
