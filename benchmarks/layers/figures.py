@@ -150,7 +150,7 @@ def recall_figure(rows: list[dict[str, Any]]) -> str:
         cells[row["mixer"], row["width"]].append(row)
     curves: dict[str, list[Point]] = defaultdict(list)
     for (mixer, _), seen in cells.items():
-        found = [mean(row["accuracy_by_pairs"].values()) for row in seen]
+        found = [row["accuracy"] for row in seen]
         curves[base(mixer)].append((mean(row["state_bytes"] for row in seen), mean(found), min(found), max(found)))
     held = [point[0] for points in curves.values() for point in points]
     ticks = powers(min(held), max(held), 4)
@@ -158,9 +158,9 @@ def recall_figure(rows: list[dict[str, Any]]) -> str:
     panel.width = 720
     levels = {share: f"{share:.0%}" for share in (0.0, 0.25, 0.5, 0.75, 1.0)}
     shown = {tick: in_bytes(tick) for tick in ticks}
-    chance, loads = rows[0]["chance"], list(rows[0]["accuracy_by_pairs"])
+    chance, most = rows[0]["chance"], rows[0]["loads"][-1]
     parts = panel.axes(
-        f"Values recalled of {loads[0]} to {loads[-1]} pairs, by the bytes held",
+        f"Values recalled of {most} pairs, by the bytes held",
         "bytes that the layer holds of a row",
         shown,
         levels,
