@@ -87,14 +87,16 @@ def forms_of(
 ) -> list[tuple[str, dict[str, Any]]]:
     """The methods of a family, each as it is and in further forms; those named in ``forms`` first, in its order.
 
-    With ``only`` those of these names or labels, in that order.
+    With ``only`` those of these names or labels, in that order; ``name()`` is a method as it is.
     """
     known = names(family)
     order = [name for name in forms if name in known] + [name for name in known if name not in forms]
     found = [(name, changes) for name in order for changes in ({}, *forms.get(name, ()))]
     if only is None:
         return found
-    return [form for wanted in only for form in found if wanted in (form[0], label(*form))]
+    return [
+        form for wanted in only for form in found if wanted in (form[0], label(*form) if form[1] else f"{form[0]}()")
+    ]
 
 
 def label(name: str, changes: dict[str, Any]) -> str:
