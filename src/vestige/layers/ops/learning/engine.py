@@ -216,7 +216,7 @@ def _answers(rule: Rule, z: Tensor, page: Pages, gain: Tensor, known: Scanned, b
             first, held = brain.point[index].flatten(0, 1)[None], known.total[index]
             if not torch.is_grad_enabled():
                 return _with_points(rule, t, first, held)
-            return checkpoint(_with_points, rule, t, first, held, use_reentrant=False)
+            return checkpoint(_with_points, rule, t, first, held, use_reentrant=False, preserve_rng_state=False)
         surprise = known.surprise[index] if known.surprise else None
         given = t, known.total[index], surprise, *known.pairs[index], page.within, page.into, page.carry
         return answer(*given) if rule.retention.linear else answer_everywhere(rule.retention, *given)

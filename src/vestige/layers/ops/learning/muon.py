@@ -43,7 +43,10 @@ def by_muon(
         if blocks.fresh:
             brain = newborn.pick(blocks.fresh[n], brain)
         given = rule, slow, feature, pages.at(n), brain, blocks.full[n]
-        found, brain = checkpoint(_block, *given, use_reentrant=False) if again else _block(*given)
+        if again:
+            found, brain = checkpoint(_block, *given, use_reentrant=False, preserve_rng_state=False)
+        else:
+            found, brain = _block(*given)
         read.append(found)
     return torch.stack(read), brain
 
