@@ -51,7 +51,8 @@ DEPTHS = (0.1, 0.5, 0.9)
 DISTRACTORS = 6
 CONTINUATION = 256
 STATES = {"keys", "values", "chunks", "queries", "query"}  # words for what is as wide as the model's own numbers
-HELD = 2**16  # tokens that the caches of texts side by side hold together at most
+HELD = 2**16  # entries of a head that the caches of texts side by side hold together at most
+PAIRS = 2**26  # pairs of tokens of a head that attention over texts side by side compares at once
 
 Cell = tuple[str, int]  # a task and a seed
 
@@ -188,8 +189,8 @@ class Grid:
             lacking = [cell for cell in cells if self._lacks(one, cell, length)]
             for asks in (True, False):
                 alike = [cell for cell in lacking if (cell[0] != "perplexity") == asks]
-                held = (one.budget if one.name == BY_TOKEN else None) or length
-                most = max(1, HELD // (held * (len(DEPTHS) if asks else 1)))
+                rows = HELD // (one.budget or length) if one.name == BY_TOKEN else PAIRS // length**2
+                most = max(1, rows // (len(DEPTHS) if asks else 1))
                 for first in range(0, len(alike), most):
                     self._measure([one], alike[first : first + most], length)
 
