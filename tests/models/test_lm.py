@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, DataCollatorWithFlattening, Trainer, TrainingArguments
 
 from vestige.errors import InputError, SpecError
 from vestige.layers.mixers import Mixer
@@ -95,6 +95,26 @@ def test_no_packed_sequence_predicts_the_next_ones_first_token():
     losses = [model(part, labels=part).loss for part in (text[:, :8], text[:, 8:])]
     packed = model(text, labels=text, cu_seqlens=ends).loss
     torch.testing.assert_close(packed, (7 * losses[0] + 12 * losses[1]) / 19)
+
+
+def test_the_trainer_of_transformers_packs_and_checkpoints(tmp_path):
+    """Texts of several lengths, flattened into one row by transformers' own collator, with gradient checkpointing."""
+    collator = DataCollatorWithFlattening(return_flash_attn_kwargs=True)
+    told = {"max_steps": 3, "per_device_train_batch_size": 4, "use_cpu": True, "report_to": [], "save_strategy": "no"}
+    losses = []
+    for checkpointing in (False, True):
+        known = "gradient_checkpointing" in TrainingArguments.__dataclass_fields__
+        told["gradient_checkpointing" if known else "activation_checkpointing"] = checkpointing
+        arguments = TrainingArguments(str(tmp_path), disable_tqdm=True, learning_rate=1e-2, **told)
+        texts = [{"input_ids": tokens(1, length)[0].tolist()} for length in (5, 9, 13, 7) * 3]
+        model = build().train()
+        trainer = Trainer(model=model, args=arguments, train_dataset=texts, data_collator=collator)
+        losses.append(trainer.train().training_loss)
+    assert losses[0] == pytest.approx(losses[1])
+    batch = collator([{"input_ids": tokens(1, n)[0].tolist()} for n in (5, 9)])
+    with torch.no_grad():
+        alone = [model(tokens(1, n), labels=tokens(1, n)).loss * (n - 1) for n in (5, 9)]
+        torch.testing.assert_close(model(**batch).loss * (4 + 8), sum(alone))
 
 
 @torch.no_grad()
