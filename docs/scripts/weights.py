@@ -33,8 +33,9 @@ LANGUAGE = {
         lambda score: f"{math.exp(score):.2f}",
     ),
 }
-DATA = {"digits": "digits", "fashion-mnist": "Fashion-MNIST", "facts": "SmolLM2"}
-TASKS = {"class": "one class", "random": "a hundred rows at random", "elements": "twelve chemical elements"}
+DATA = {"digits": "digits", "fashion-mnist": "Fashion-MNIST", "facts": "SmolLM2", "facts-small": "a model of bytes"}
+TASKS = {"class": "one class", "random": "a hundred rows at random"}
+ELEMENTS = {"facts": "twelve chemical elements", "facts-small": "four chemical elements"}
 OVERHEAD = {"overhead": "CPU", "overhead-cuda": "GPU"}
 NEAR = 0.1  # of the model trained again: as the certificate of erasers asks for
 
@@ -161,7 +162,7 @@ def erase_table(data: str, task: str) -> list[str]:
             by_eraser[row["eraser"]].append(row["measures"])
     if not by_eraser:
         return []
-    shown = SHOWN["facts" if data == "facts" else "pictures"]
+    shown = SHOWN["facts" if data in ELEMENTS else "pictures"]
     head = [f"| eraser | {' | '.join(shown.values())} | steps to relearn | verdict |"]
     head.append("|" + "---|" * (len(shown) + 3))
     some = max(by_eraser.values(), key=len)
@@ -170,7 +171,7 @@ def erase_table(data: str, task: str) -> list[str]:
         for name, measures in sorted(by_eraser.items(), key=lambda pair: gap(pair[1], shown))
     ]
     lines += [_erased(f"*{name}*", some, name, shown, "") for name in ("retrained", "before")]
-    return [f"**To forget: {TASKS[task]}** ({DATA[data]})", "", *head, *lines]
+    return [f"**To forget: {ELEMENTS.get(data) or TASKS[task]}** ({DATA[data]})", "", *head, *lines]
 
 
 # What a table shows, by its name in an audit, and what its column is called.
@@ -227,7 +228,7 @@ def tables() -> dict[str, list[str]]:
         "retain": [retain_table(stream) for stream in STREAMS if rows_of("retain", stream)],
         "language": [language_table(stream) for stream in LANGUAGE if rows_of("retain", stream)],
         "erase": [erase_table(data, task) for data in STREAMS if rows_of("erase", data) for task in TASKS],
-        "facts": [erase_table("facts", "elements")],
+        "facts": [erase_table(data, "elements") for data in ELEMENTS],
         "overhead": [overhead_table()],
     }
     kept = {name: [part for part in parts if part] for name, parts in found.items()}
