@@ -6,10 +6,10 @@
 
 ``recall``: multi-query associative recall (arXiv 2312.04927). A model has two blocks: one that can hold no pairs, the
 same for all, whose short convolution tells each value its key (without it a model learns for thousands of steps before
-it recalls anything at all), and one of the mixer. Rows have four tokens for each pair, and a step has as many rows as
-make ``--tokens``. For a quarter of the steps they have 4 pairs of 16 keys, then by and by up to 64 of 64 keys; all
-loads take turns from the middle on. ``accuracy`` is that on rows with the most pairs, ``state_bytes`` what the second
-block holds after one of them, in float32.
+it recalls anything at all), and one of the mixer; or the two of a pattern behind the first. Rows have four tokens for
+each pair, and a step has as many rows as make ``--tokens``. For a quarter of the steps they have 4 pairs of 16 keys,
+then by and by up to 64 of 64 keys; all loads take turns from the middle on. ``accuracy`` is that on rows with the most
+pairs, ``state_bytes`` what all blocks but the first hold after one of them, in float32.
 
 ``language``: State of the Union addresses, byte-pair tokens, the last twentieth held out and read in pieces; all blocks
 are of the mixer, or of the pattern that is named. They learn in bfloat16 on weights in float32 (``--precision``), so
@@ -69,6 +69,8 @@ RECALL = (
     ),
     *("sliding-window(window=16)", "sliding-window(window=64)", "lizard(window=16, features=32)"),
     *("based", "based(feature_dim=8)", "based(feature_dim=4)"),
+    *("based(feature_dim=4) sliding-window(window=16)", "based(feature_dim=8) sliding-window(window=16)"),
+    *("based(feature_dim=4) sliding-window(window=64)", "based(feature_dim=8) sliding-window(window=64)"),
 )
 LEARNING = (  # memories that learn: many small steps per row, which take several times as long
     *("titans", "titans-mac(refresh=16)", "titans-mag(window=16)", "titans-mal(window=16)", "miras", "yaad"),
@@ -130,7 +132,7 @@ def recall_lesson(cell: dict[str, Any], device: torch.device) -> Descent:
     }
     wanted = parameters_of(VestigeConfig(blocks=[FRONT, "softmax"], intermediate_size=5 * width, **sizes))
     torch.manual_seed(cell["seed"])
-    model = VestigeLM(of_size(wanted, blocks=[FRONT, cell["blocks"]], **sizes)).to(device).train()
+    model = VestigeLM(of_size(wanted, blocks=f"{FRONT} {cell['blocks']}", **sizes)).to(device).train()
 
     def draw(chance: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
         number = lesson.done
@@ -166,7 +168,7 @@ def recalled(model: VestigeLM, cell: dict[str, Any]) -> dict[str, Any]:
         "accuracy": right[most.pairs],
         "accuracy_by_pairs": right,
         "parameters": model.num_parameters(),
-        "state_bytes": state.nbytes_by_layer[-1],
+        "state_bytes": sum(state.nbytes_by_layer[1:]),
         "held_by_all": state.nbytes,
         "chance": most.chance,
     }
@@ -174,7 +176,7 @@ def recalled(model: VestigeLM, cell: dict[str, Any]) -> dict[str, Any]:
 
 def found_name(cell: dict[str, Any]) -> str:
     """The mixer of a cell, as a name of a folder."""
-    return re.sub(r"[^\w=]+", "-", label(parse_blocks(cell["blocks"])[0][0].mixer)).strip("-")
+    return re.sub(r"[^\w=]+", "-", named(cell)).strip("-")
 
 
 def save(model: VestigeLM, cell: dict[str, Any], found: dict[str, Any], folder: Path) -> None:
