@@ -38,14 +38,15 @@ def equaliser(
     a, b, c = QUINTIC
     kind = torch.float64 if iterations > SAFE else square.dtype
     size = square.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None] + eps**2
-    square = (square / size).to(kind)
+    rest = (square / size).to(kind).reshape(-1, *square.shape[-2:])
     one = torch.eye(square.shape[-1], dtype=kind, device=square.device)
-    found = one
-    for _ in range(iterations):
-        turn = a * one + b * square + c * square @ square
-        found = found @ turn
-        square = square @ turn @ turn
-    return found.to(size.dtype) * size.rsqrt()
+    found = one.expand_as(rest)
+    for index in range(iterations):
+        turn = torch.baddbmm(torch.add(a * one, rest, alpha=b), rest, rest, alpha=c)
+        found = torch.bmm(found, turn) if index else turn
+        if index < iterations - 1:
+            rest = torch.bmm(torch.bmm(rest, turn), turn)
+    return found.view(square.shape).to(size.dtype) * size.rsqrt()
 
 
 @dataclass(frozen=True)
