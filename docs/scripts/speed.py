@@ -80,20 +80,24 @@ def against_steps() -> list[str]:
 
 
 def decoding() -> list[str]:
-    """One row per mixer: a step's kernels and the whole of it, at the shortest and longest context, and bytes held."""
-    rows = [row for row in rows_of("decoding-h100") if (row["what"], row["batch"]) == ("layer", 1) and row["context"]]
+    """One row per mixer: a step's kernels and the whole of it, at the shortest and longest context, of one row of
+    tokens and of several, and bytes held."""
+    rows = [row for row in rows_of("decoding-h100") if row["what"] == "layer" and row["context"]]
     if not rows:
         return []
     ends = (min(row["context"] for row in rows), max(row["context"] for row in rows))
+    several = max(row["batch"] for row in rows)
     names = [f"{end // 1024}k" for end in ends]
-    found = {(row["mixer"], row["context"]): row for row in rows}
+    found = {(row["mixer"], row["batch"], row["context"]): row for row in rows}
     heads = [f"kernels at {name}, ms" for name in names] + [f"step at {names[1]}, ms"]
+    heads += [f"{several} rows: kernels at {name}, ms" for name in names if several > 1]
     lines = ["| mixer | " + " | ".join([*heads, *(f"bytes at {name}" for name in names)]) + " |"]
-    lines.append("|---|" + "---|" * 5)
-    mixers = dict.fromkeys(row["mixer"] for row in rows)
-    for mixer in sorted(mixers, key=lambda mixer: found.get((mixer, ends[1]), {}).get("state_bytes", 0)):
-        first, last = (found.get((mixer, end), {}) for end in ends)
+    lines.append("|---" * (1 + len(heads) + len(names)) + "|")
+    most = {row["mixer"]: row["state_bytes"] for row in sorted(rows, key=lambda row: row["state_bytes"])}
+    for mixer in sorted(most, key=lambda mixer: most[mixer]):
+        first, last = (found.get((mixer, 1, end), {}) for end in ends)
         cells = [digits(row.get("graph_ms")) for row in (first, last)] + [digits(last.get("eager_ms"))]
+        cells += [digits(found.get((mixer, several, end), {}).get("graph_ms")) for end in ends if several > 1]
         cells += [f"{row['state_bytes']:,}" if row else "-" for row in (first, last)]
         lines.append(f"| `{mixer}` | " + " | ".join(cells) + " |")
     return lines
