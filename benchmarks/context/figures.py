@@ -87,10 +87,11 @@ def panel(
                  f'y2="{y(whole):.1f}"/>')  # fmt: skip
     for policy in sorted(curves, key=lambda name: name in colours):
         colour = colours.get(policy)
-        line = " ".join(f"{x(share):.1f},{y(score):.1f}" for share, score in curves[policy])
+        points = [(share, score) for share, score in curves[policy] if score <= high]  # what the frame has room for
+        line = " ".join(f"{x(share):.1f},{y(score):.1f}" for share, score in points)
         drawn = f'style="stroke:{colour};fill:none;stroke-width:2"' if colour else 'class="grey"'
         parts.append(f'<polyline {drawn} points="{line}"><title>{escape(policy)}</title></polyline>')
-        for share, score in curves[policy]:
+        for share, score in points:
             dot = f'style="fill:{colour}"' if colour else 'class="greydot"'
             hint = f"<title>{escape(policy)}: {score:.2f} at {share:.0%}</title>"
             parts.append(f'<circle {dot} cx="{x(share):.1f}" cy="{y(score):.1f}" r="3.5">{hint}</circle>')

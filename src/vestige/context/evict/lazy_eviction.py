@@ -51,8 +51,9 @@ class LazyEviction(Evict):
         "One head, 32 entries, a window of 16, some entries looked at every 6 to 15 steps: of the times that such an "
         "entry is looked at again it is still held in 61 to 76%, under TOVA with the same lag in 9 to 12%, in a plain"
         " window never. SmolLM2, 512 tokens read one by one under half as many entries: 10 of 15 needles are found "
-        "that are asked for afterwards, as by the last entries alone. Prompts are not cut, so that what they hold is "
-        "lost only once decoding has passed the budget",
+        "that are asked for afterwards, as by the last entries alone; of 1,024 and 2,048 tokens 5. No first token is "
+        "protected: at a tenth of 512 entries perplexity is 30.2, with sinks and a window 14.7. Prompts are not cut, "
+        "so that what they hold is lost only once decoding has passed the budget",
     )
 
     activity: float = param(1e-4, "attention weight from which on an entry counts as active", gt=0, lt=1)
