@@ -27,6 +27,8 @@ class _RehearsalFree(Running):
         super().__init__(learner)
         self.anchor: dict[str, Tensor] = {}
         self.fisher: dict[str, Tensor] = {}
+        # Of an experience: each weight that is held, where it is held to, and the rows of it that are, if not all.
+        self.holding: dict[str, tuple[Tensor, Tensor, Tensor | None]] = {}
         self.patch: Patch | None = None
         self.input_of_head: Tensor | None = None  # penultimate features of the last forward
         self.features: Tensor | None = None  # those of the micro-batch
@@ -45,6 +47,7 @@ class _RehearsalFree(Running):
     def before(self, session: Session, experience: Experience) -> None:
         if experience.index or self.learner.from_start:
             self.anchor = snapshot(session.model)
+        self.holding = {}
         self.old = list(session.stream.seen(experience.index - 1)) if experience.index else []
 
     def objective(self, session: Session, batch: Batch, outputs: Any) -> Tensor | None:
@@ -93,23 +96,31 @@ class _RehearsalFree(Running):
     def gradients(self, session: Session) -> None:
         if not self.anchor or not (self.learner.l2 or self.learner.ewc):
             return
-        moved = {n: p for n, p in session.trainable().items() if n in self.anchor and p.grad is not None}
-        gaps = torch._foreach_sub([p.detach() for p in moved.values()], [self.anchor[n] for n in moved])
-        for gap, name in zip(gaps, moved, strict=True):
-            if session.stream.classes and name.startswith(f"{self.head}."):
-                gap.mul_(self._known_rows(gap))
-        grads = [p.grad for p in moved.values()]
+        if not self.holding:  # once an experience: to walk through a model's names takes as long as the sums
+            self.holding = {
+                n: (p, self.anchor[n], self._known_rows(p) if self._of_head(session, n) else None)
+                for n, p in session.trainable().items()
+                if n in self.anchor
+            }
+        moved = {n: held for n, held in self.holding.items() if held[0].grad is not None}
+        gaps = torch._foreach_sub([p for p, _, _ in moved.values()], [was for _, was, _ in moved.values()])
+        for gap, (_, _, known) in zip(gaps, moved.values(), strict=True):
+            if known is not None:
+                gap.mul_(known)
+        grads = [p.grad for p, _, _ in moved.values()]
         scale = 2 * session.scale
         if self.learner.l2:
             torch._foreach_add_(grads, gaps, alpha=scale * self.learner.l2)
         if self.learner.ewc and self.fisher:
-            torch._foreach_addcmul_(
-                grads, gaps, [self.fisher[n].to(p.dtype) for n, p in moved.items()], value=scale * self.learner.ewc
-            )
+            fisher = [self.fisher[n].to(p.dtype) for n, (p, _, _) in moved.items()]
+            torch._foreach_addcmul_(grads, gaps, fisher, value=scale * self.learner.ewc)
 
-    def _known_rows(self, gap: Tensor) -> Tensor:
+    def _of_head(self, session: Session, name: str) -> bool:
+        return bool(session.stream.classes) and name.startswith(f"{self.head}.")
+
+    def _known_rows(self, weight: Tensor) -> Tensor:
         """1 for the rows of the output layer that stand for classes learnt before, 0 for the others."""
-        known = torch.zeros(len(gap), *[1] * (gap.ndim - 1), dtype=gap.dtype, device=gap.device)
+        known = torch.zeros(len(weight), *[1] * (weight.ndim - 1), dtype=weight.dtype, device=weight.device)
         known[self.old] = 1
         return known
 
@@ -133,6 +144,7 @@ class _RehearsalFree(Running):
 
     def finish(self, session: Session) -> None:
         self.features = self.input_of_head = None
+        self.holding = {}
         if self.patch is not None:
             self.patch.undo()
 
@@ -141,6 +153,7 @@ class _RehearsalFree(Running):
         return {**anchor, **{f"fisher.{name}": value for name, value in self.fisher.items()}}
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
+        self.holding = {}
         self.anchor, self.fisher = (
             {n.removeprefix(kind): t for n, t in tensors.items() if n.startswith(kind)}
             for kind in ("anchor.", "fisher.")
