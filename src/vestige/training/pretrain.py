@@ -15,8 +15,7 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -32,13 +31,13 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import get_last_checkpoint
-from transformers.utils import logging
 
 from vestige.core.files import read_description
 from vestige.core.ledger import Ledger
 from vestige.core.spec import did_you_mean
 from vestige.errors import SpecError
 from vestige.models.lm import VestigeConfig, VestigeLM
+from vestige.training.quiet import without_bars
 from vestige.training.text import find_files, make_tokenizer, split, tokens_of
 
 __all__ = ["Trained", "Training", "read", "train"]
@@ -164,7 +163,7 @@ def train(
         load_model(model, str(settings.out / "model.safetensors"), device=str(model.device))
         finished_before = True
     else:
-        with stop, _no_bars():
+        with stop, without_bars():
             trainer.train(resume_from_checkpoint=last)
         finished_before = False
     took = time.perf_counter() - began
@@ -178,7 +177,7 @@ def train(
         finished=trainer.state.global_step >= settings.steps,
     )
     if not finished_before:
-        with _no_bars():
+        with without_bars():
             trainer.save_model(str(settings.out))
         if first:
             (settings.out / "training_args.bin").unlink(missing_ok=True)  # a pickle; training.yaml says it all
@@ -246,18 +245,6 @@ class _Progress(TrainerCallback):
 
     def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **unused: Any) -> None:
         self.bar.stop()
-
-
-@contextmanager
-def _no_bars() -> Iterator[None]:
-    """Keep transformers from drawing a bar for every file that it writes."""
-    drawn = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if drawn:
-            logging.enable_progress_bar()
 
 
 class _StopWhenAsked(TrainerCallback):

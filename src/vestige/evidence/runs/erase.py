@@ -18,9 +18,10 @@ from vestige.core.ledger import Ledger
 from vestige.core.method import Method
 from vestige.errors import SpecError
 from vestige.evidence.erasure import ErasureAudit, Relearning, audit_erasure
-from vestige.evidence.runs.models import build, load_from, teach, tokenizer_of, without_bars
+from vestige.evidence.runs.models import build, load_from, teach, tokenizer_of
 from vestige.evidence.runs.sources import Row, chosen, encoded, examples
 from vestige.evidence.runs.spec import Erasing, read_spec
+from vestige.training.quiet import without_bars
 from vestige.weights.erase.eraser import Eraser, Trace
 from vestige.weights.erase.retrain import Retrain
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +13,12 @@ from vestige.core.method import did_you_mean
 from vestige.errors import ModelError, SpecError, TrainingError
 from vestige.evidence.runs.sources import Examples, Row
 from vestige.evidence.runs.spec import Learning, Model
+from vestige.training.quiet import without_bars
 from vestige.weights.erase.examples import Examples as Rows
 from vestige.weights.erase.examples import Reader
 from vestige.weights.erase.losses import row_losses
 
-__all__ = ["build", "load_from", "only_errors", "teach", "tokenizer_of", "without_bars"]
+__all__ = ["build", "load_from", "teach", "tokenizer_of"]
 
 VIT = {"patch_size": 4, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 LLAMA = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -87,33 +87,6 @@ def load_from(place: str | Path, kind: str) -> Any:
             return AutoModelForImageClassification.from_pretrained(place).eval()
         except (OSError, ValueError) as error:
             raise ModelError(f"no image classifier {str(place)!r}: {str(error).splitlines()[0]}") from error
-
-
-@contextmanager
-def without_bars() -> Iterator[None]:
-    """No bars of transformers inside the block, for files that are read or written in a moment."""
-    from transformers.utils import logging
-
-    drawn = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if drawn:
-            logging.enable_progress_bar()
-
-
-@contextmanager
-def only_errors() -> Iterator[None]:
-    """No warnings of transformers inside the block; checkpoints within one second are worth one to it."""
-    from transformers.utils import logging
-
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
 
 
 def teach(model: Any, rows: list[Row], how: Learning, tell: Callable[[int, float], None] = lambda *_: None) -> None:

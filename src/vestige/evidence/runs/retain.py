@@ -14,9 +14,10 @@ import yaml
 from vestige.core.files import write_whole
 from vestige.core.ledger import Ledger
 from vestige.errors import InputError, SpecError
-from vestige.evidence.runs.models import build, only_errors, tokenizer_of
+from vestige.evidence.runs.models import build, tokenizer_of
 from vestige.evidence.runs.sources import Examples, encoded, examples
 from vestige.evidence.runs.spec import Retaining, read_spec
+from vestige.training.quiet import without_talk_of_times
 from vestige.weights.retain import ContinualRun, ContinualTrainer, Learner, Stream
 from vestige.weights.retain.checkpoint import write_tensors
 from vestige.weights.retain.padding import PadTokens
@@ -104,7 +105,7 @@ def run_retention(
             ledger=ledger,
             model_name=spec.model.load or "new",
         )
-        with only_errors():
+        with without_talk_of_times():
             runs[label] = trainer.run(stream, resume=resume)
         assert trainer.running is not None
         if learnt := trainer.running.learnt():
