@@ -69,7 +69,10 @@ def main() -> None:
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name() if model.device.type == "cuda" else "cpu",
     }
-    rows: list[dict[str, Any]] = json.loads(given.out.read_text())["rows"] if given.out.exists() else []
+    before = json.loads(given.out.read_text()) if given.out.exists() else facts
+    if {name: before[name] for name in facts} != facts:
+        raise SystemExit(f"{given.out} comes from another machine, version or budget; write to another file")
+    rows: list[dict[str, Any]] = before.get("rows", [])
     for length, seed, (name, policy) in itertools.product(given.lengths, given.seeds, policies.items()):
         about = {"length": length, "seed": seed, "policy": name}
         if any(about.items() <= row.items() for row in rows):
