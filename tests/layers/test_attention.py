@@ -111,6 +111,13 @@ def test_which_windows_the_kernels_are_given():
     assert not flash_window.serves(*(torch.randn(1, 2, 64, 16, dtype=torch.bfloat16) for _ in range(2)))
 
 
+def test_operators_of_another_form_are_not_called(monkeypatch):
+    """PyTorch does not promise to keep them: here they are as they were written for; any other is left alone."""
+    assert flash_window._as_written_here()
+    monkeypatch.setattr(flash_window, "_span", lambda window, scaling: {"windows": (window, 0), "scale": scaling})
+    assert not flash_window._as_written_here()
+
+
 @pytest.mark.parametrize("allowed", [True, False])
 def test_longer_keys_are_not_given_to_cudnn(allowed, monkeypatch):
     """It would plan anew for each number of keys; what is allowed elsewhere is as it was after."""

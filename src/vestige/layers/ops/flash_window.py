@@ -45,7 +45,21 @@ def serves(query: Tensor, value: Tensor) -> bool:
 def _there(device: torch.device) -> bool:
     flags = torch.backends.cuda
     allowed = flags.is_flash_attention_available() and flags.flash_sdp_enabled()
-    return allowed and torch.cuda.get_device_capability(device)[0] >= 8
+    return allowed and torch.cuda.get_device_capability(device)[0] >= 8 and _as_written_here()
+
+
+def _as_written_here() -> bool:
+    """Whether this PyTorch's operators, which it does not promise to keep, take and return what is written below."""
+    for name, given, returned in (("_flash_attention_forward", 10, 5), ("_flash_attention_backward", 14, 3)):
+        packet = getattr(torch.ops.aten, name, None)
+        if packet is None:
+            return False
+        schema = packet.default._schema
+        due = [argument.name for argument in schema.arguments if not argument.kwarg_only]
+        named = {argument.name for argument in schema.arguments if argument.kwarg_only}
+        if len(due) != given or len(schema.returns) != returned or not named >= set(_span(1, 1.0)):
+            return False
+    return True
 
 
 def by_flash(
