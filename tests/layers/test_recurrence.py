@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.nn import functional as F
 
 from vestige.layers.ops import fla
-from vestige.layers.ops.recurrence import Drive, chunked, recurrence, step
+from vestige.layers.ops.recurrence import FAINTEST, Drive, chunked, recurrence, step
 
 BATCH, LENGTH, HEADS, KEYS, VALUES = 2, 37, 4, 6, 5
 DECAYS = {
@@ -152,3 +154,16 @@ def test_backward_passes_that_would_be_wrong_are_not_asked_for(
     monkeypatch.setattr(fla, "_hopper", lambda device: hopper)
     monkeypatch.setattr(fla, "_version", {"triton": triton, "fla": version}.__getitem__)
     assert fla._wrong(make(decay, rate)) is wrong
+
+
+@pytest.mark.parametrize("groups", [HEADS, 2])
+def test_kernels_of_others_are_given_what_is_there_uncopied(groups, monkeypatch):
+    monkeypatch.setattr(fla, "_kernel", lambda name: name)
+    drive = make("per channel", groups=groups, dtype=torch.float32)
+    kernel, call = fla.prepared(replace(drive, bounded=True))
+    assert kernel == "gla.chunk_gla"
+    assert call["v"] is drive.v and call["g"] is drive.decay
+    for name in "qk":
+        assert call[name].shape[:3] == drive.v.shape[:3]
+        assert (call[name] is getattr(drive, name)) == (groups == HEADS)
+    assert (fla.prepared(replace(drive, decay=drive.decay - torch.inf))[1]["g"] == FAINTEST).all()

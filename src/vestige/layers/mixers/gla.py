@@ -37,7 +37,8 @@ class GLALayer(LinearLayer):
 
     def project(self, x: Tensor, layout: Layout, memory: Memory) -> Drive:
         q, k, v, a = (split_heads(f(x), self.heads) for f in (self.q_proj, self.k_proj, self.v_proj, self.decay))
-        return Drive(q, k, v, F.logsigmoid(a.to(exact(a))) / self.mixer.temperature, scale=self.scale)
+        decay = F.logsigmoid(a.to(exact(a))) / self.mixer.temperature
+        return Drive(q, k, v, decay, scale=self.scale, bounded=self.mixer.temperature >= 1)
 
     def finish(self, read: Tensor, x: Tensor) -> Tensor:
         return self.o_proj(join_heads(self.norm(read, split_heads(self.g_proj(x), self.heads))))

@@ -48,7 +48,7 @@ class HGRN2Layer(LinearLayer):
             k = torch.sigmoid(-bound) * k
         q, v = F.silu(self.q_proj(x)), self.i_proj(x)
         q, k, v, log_f = (split_heads(t, self.heads) for t in (q, k, v, log_f))
-        return Drive(q, k, v, log_f, scale=q.shape[-1] ** -0.5)
+        return Drive(q, k, v, log_f, scale=q.shape[-1] ** -0.5, bounded=True)
 
     def finish(self, read: Tensor, x: Tensor) -> Tensor:
         return self.o_proj(self.norm(join_heads(read)))

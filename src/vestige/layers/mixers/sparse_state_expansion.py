@@ -131,7 +131,7 @@ class SparseStateExpansionLayer(LinearLayer):
             for first, each in ((q, own[0]), (k, own[1]))
         )
         touched = chosen[:, :, None, :, None] * own[2][..., None, :]
-        return Drive(q, k, parts.v, torch.cat([fade, touched.flatten(-2)], -1), scale=self.scale)
+        return Drive(q, k, parts.v, torch.cat([fade, touched.flatten(-2)], -1), scale=self.scale, bounded=True)
 
     def parts(self, x: Tensor, layout: Layout) -> _Parts:
         """What tokens write and read."""
@@ -148,7 +148,9 @@ class SparseStateExpansionLayer(LinearLayer):
     def apart(self, parts: _Parts, layout: Layout) -> Float[Tensor, "batch length heads values"]:
         """What is read where nothing was held before: the tokens that touch a partition follow each other, as packed
         sequences do, so that none is multiplied by zeros."""
-        drives = [Drive(q, k, parts.v, fade, scale=self.scale) for q, k, fade in (parts.common, parts.own)]
+        drives = [
+            Drive(q, k, parts.v, fade, scale=self.scale, bounded=True) for q, k, fade in (parts.common, parts.own)
+        ]
         common, own = (drive.blanked(layout.valid) for drive in drives)
         chunk, active = self.mixer.chunk, self.mixer.active
         read, _ = recurrence(common, starts=layout.starts, cu_seqlens=layout.cu_seqlens, chunk=chunk)
@@ -167,7 +169,8 @@ class SparseStateExpansionLayer(LinearLayer):
         assert own.decay is not None
         q, k, v, fade = (beside(t) for t in (own.q, own.k, own.v, own.decay))
         share = parts.share.gather(-1, parts.touched).flatten(1).gather(1, order)[..., None, None].to(q)
-        found, _ = recurrence(Drive(share * q, share * k, v, fade, scale=self.scale), starts=starts, chunk=chunk)
+        sorted_drive = Drive(share * q, share * k, v, fade, scale=self.scale, bounded=True)
+        found, _ = recurrence(sorted_drive, starts=starts, chunk=chunk)
         found = _Moved.apply(found.flatten(0, 1), back, rows)
         return read + found.unflatten(0, (*read.shape[:2], active)).sum(2)
 

@@ -20,7 +20,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from vestige.layers.ops.recurrence import Drive
 
-__all__ = ["fla_recurrence", "serves"]
+__all__ = ["fla_recurrence", "prepared", "serves"]
 
 WIDEST_KEY = 256
 # On Hopper, triton 3.4 and later compile some backward passes wrongly: with versions below the second, that of a scalar
@@ -40,16 +40,25 @@ def fla_recurrence(
     packed = starts is not None
     if not serves(drive) or (packed and (cu_seqlens is None or state is not None)):
         return None
-    from vestige.layers.ops.recurrence import FAINTEST
+    kernel, call = prepared(drive)
+    out, state = kernel(**call, initial_state=state, output_final_state=True, cu_seqlens=cu_seqlens if packed else None)
+    return out.to(drive.v.dtype), state[-1:] if packed else state
+
+
+def prepared(drive: Drive) -> tuple[Callable[..., tuple[Tensor, Tensor]], dict[str, Any]]:
+    """The kernel for a drive that is served, and what it is given; nothing is copied that is as it has to be."""
+    from vestige.layers.ops.recurrence import FAINTEST, serve
 
     heads = drive.v.shape[2]
     kind = drive.v.dtype
-    q, k = (t.to(kind).repeat_interleave(heads // t.shape[2], 2).contiguous() for t in (drive.q, drive.k))
-    call: dict[str, Any] = {"q": q, "k": k, "v": drive.v.contiguous(), "scale": drive.scale, "initial_state": state}
-    decay = None if drive.decay is None else drive.decay.float().clamp_min(FAINTEST)
+    q, k = (serve(t.to(kind), heads, 2).contiguous() for t in (drive.q, drive.k))
+    call: dict[str, Any] = {"q": q, "k": k, "v": drive.v.contiguous(), "scale": drive.scale}
+    decay = None if drive.decay is None else drive.decay.float()
+    if decay is not None and not drive.bounded:
+        decay = decay.clamp_min(FAINTEST)
     if drive.beta is None:
         if decay is not None and decay.dim() == 4:
-            name, call["g"] = "gla.chunk_gla", decay
+            name, call["g"] = "gla.chunk_gla", decay.contiguous()
         else:
             name = "simple_gla.chunk_simple_gla"
             if _fixed(decay):
@@ -57,11 +66,10 @@ def fla_recurrence(
             elif decay is not None:
                 call["g"] = decay.expand(drive.v.shape[:3]).contiguous()
     else:
-        name, call["beta"] = "delta_rule.chunk_delta_rule", drive.beta.to(kind)
+        name, call["beta"] = "delta_rule.chunk_delta_rule", drive.beta.to(kind).contiguous()
         if decay is not None:
             name, call["g"] = "gated_delta_rule.chunk_gated_delta_rule", decay.expand(drive.v.shape[:3]).contiguous()
-    out, state = _kernel(name)(**call, output_final_state=True, cu_seqlens=cu_seqlens if packed else None)
-    return out.to(kind), state[-1:] if packed else state
+    return _kernel(name), call
 
 
 def serves(drive: Drive) -> bool:

@@ -60,6 +60,8 @@ class Drive:
             ``(batch, length, heads, keys)``; ``None``: nothing fades.
         beta: ``(batch, length, heads)`` the rate of the delta rule; ``None``: values are added.
         scale: factor of what is read.
+        bounded: whether each decay is known to be finite and not far below :data:`FAINTEST`, as the logarithm of a
+            sigmoid is: then nothing is spent to hold it above.
     """
 
     q: Float[Tensor, "batch length groups keys"]
@@ -68,6 +70,7 @@ class Drive:
     decay: Float[Tensor, ...] | None = None
     beta: Float[Tensor, "batch length heads"] | None = None
     scale: float = 1.0
+    bounded: bool = False
 
     def blanked(self, valid: Bool[Tensor, "batch length"] | None) -> Drive:
         """The drive with padding taken out: a token that is not valid writes nothing and lets nothing fade."""
