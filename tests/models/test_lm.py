@@ -194,6 +194,22 @@ def test_compiled_in_one_graph(blocks):
     loss.backward()
 
 
+@pytest.mark.slow
+@torch.no_grad()
+@pytest.mark.parametrize("blocks", ["gated-delta-net gla softmax", *MIXERS])
+def test_compiled_in_one_graph_with_a_state(blocks):
+    """A compiled pass leaves the state that the same pass leaves otherwise."""
+    torch.compiler.reset()
+    model = build(SMALL.get(blocks, blocks)).eval()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    read, due = compiled(tokens()), model(tokens())
+    torch.testing.assert_close(read.logits, due.logits)
+    assert read.past_key_values.seen == due.past_key_values.seen == tokens().shape[1]
+    assert read.past_key_values.nbytes == due.past_key_values.nbytes
+    after = compiled(tokens(2, 1, seed=4), past_key_values=read.past_key_values).logits
+    torch.testing.assert_close(after, model(tokens(2, 1, seed=4), past_key_values=due.past_key_values).logits)
+
+
 def test_hidden_states_and_kept_logits():
     model = build("gla*3")
     read = model(tokens(), output_hidden_states=True, logits_to_keep=2)

@@ -115,4 +115,6 @@ def nbytes_of(tensors: Any) -> int:
 
 
 def _own(tensor: Tensor) -> Tensor:
+    if torch.compiler.is_compiling():  # storages cannot be looked at then
+        return tensor.clone()
     return tensor if tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size() else tensor.clone()

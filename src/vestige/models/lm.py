@@ -102,7 +102,7 @@ class VestigeModel(VestigePreTrainedModel):
 
     def new_state(self) -> VestigeState:
         """An empty state."""
-        return VestigeState(self.config)
+        return VestigeState(self.config, self.signature)
 
     def forward(
         self,

@@ -32,6 +32,10 @@ class VestigeState(Cache):
         branch = state.fork()
         state.save("after-first.safetensors")
 
+    Args:
+        config: of the model.
+        signature: of the config, where it is known: a model that is compiled does not read its config again.
+
     Attributes:
         layers: one :class:`~vestige.layers.state.LayerState` per block.
         signature: of the config that it belongs to.
@@ -39,9 +43,9 @@ class VestigeState(Cache):
 
     layers: list[LayerState]
 
-    def __init__(self, config: VestigeConfig) -> None:
+    def __init__(self, config: VestigeConfig, signature: str | None = None) -> None:
         super().__init__(layers=[LayerState() for _ in range(config.num_hidden_layers)])
-        self.signature = config.signature
+        self.signature = config.signature if signature is None else signature
 
     @property
     def seen(self) -> int:

@@ -176,6 +176,9 @@ def taught(
     weights: Sequence[Float[Tensor, "memories inputs outputs"]],
 ) -> list[tuple[Tensor, Tensor]]:
     """For each layer its input and the slope in its output; what they depend on can be differentiated."""
+    if not torch.is_grad_enabled():
+        seen = teach(memory, bias, x, k, v, bound, gain, weights)
+        return list(zip(seen.inputs, seen.slopes, strict=True))
     found = _Taught.apply(memory, bias, x, k.view_as(k), v, bound, gain, *weights)  # no tensor twice, for compilers
     inputs = [x, *found[: memory.depth - 1]]
     return list(zip(inputs, found[memory.depth - 1 :], strict=True))
