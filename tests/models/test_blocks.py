@@ -76,8 +76,8 @@ def test_what_cannot_be_read_is_named_with_its_place(blocks, words):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"blocks": "gla softmax", "num_attention_heads": 3}, "block 0 of 2: gla: heads = 3 does not divide"),
-        ({"blocks": "gla softmax(heads=3)"}, "block 1 of 2: softmax: heads = 3 does not divide hidden_size = 64"),
+        ({"blocks": "gla softmax", "num_attention_heads": 3}, "block 1 of 2: gla: heads = 3 does not divide"),
+        ({"blocks": "gla softmax(heads=3)"}, "block 2 of 2: softmax: heads = 3 does not divide hidden_size = 64"),
         ({"blocks": "softmax", "num_key_value_heads": 3}, "kv_heads = 3 does not divide heads = 4"),
         ({"blocks": "softmax", "head_dim": 5}, "head_dim = 5 is odd"),
         ({"blocks": "mamba2(head_dim=48)"}, "head_dim = 48 does not divide"),

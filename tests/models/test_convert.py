@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from vestige.core.anatomy import Anatomy
 from vestige.errors import InputError, ModelError, PatchConflictError, PatchError, SpecError, UnsupportedModelError
+from vestige.layers.mixers.gla import GLA
 from vestige.layers.mixers.lizard import Lizard
 from vestige.layers.mixers.sliding_window import SlidingWindow
 from vestige.layers.mixers.softmax import Softmax
@@ -169,7 +170,9 @@ def test_weights_in_half_precision_learn_by_small_steps():
     [
         ("2-29", SMALL, SpecError, "'2-29'; allowed: 'all', or layers 0 to 1"),
         (5, SMALL, SpecError, "5"),
-        ("all", "gla", SpecError, "'gla' is a"),
+        ("all", "gla", SpecError, "gla has projections of its own.*; allowed: lizard, "),
+        ("all", GLA(), SpecError, "gla has projections of its own"),
+        ("all", "lizzard", SpecError, "did you mean lizard"),
         ("all", Lizard(heads=4), SpecError, "heads = 4; the model's attention has 9"),
         ("all", Lizard(window=1000), SpecError, "window = 1000"),
     ],

@@ -127,7 +127,7 @@ class VestigeConfig(PreTrainedConfig):
                 try:
                     part.check_place(self.place(index))
                 except SpecError as error:
-                    raise SpecError(f"block {index} of {self.num_hidden_layers}: {error}") from None
+                    raise SpecError(f"block {index + 1} of {self.num_hidden_layers}: {error}") from None
 
 
 def _check_size(name: str, value: Any) -> None:

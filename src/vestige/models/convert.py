@@ -36,8 +36,10 @@ from vestige.core.patch import Patch
 from vestige.errors import InputError, ModelError, PatchError, SpecError, UnsupportedModelError
 from vestige.layers.layout import Layout
 from vestige.layers.mixers.attention import AttentionLayer, AttentionMixer
+from vestige.layers.mixers.base import Mixer
 from vestige.layers.place import Place
 from vestige.layers.state import LayerState, nbytes_of
+from vestige.models.blocks import names_of
 
 __all__ = ["FILE", "Conversion", "ConvertedAttention", "convert", "restore"]
 
@@ -251,7 +253,7 @@ def convert(model: nn.Module, mixer: AttentionMixer | str, layers: str | int | I
         PatchConflictError: something else has taken hold of the model's cache.
         PatchError: a layer is converted already.
     """
-    mixer = mixer if isinstance(mixer, AttentionMixer) else AttentionMixer.from_spec(mixer)
+    mixer = _on_projections(mixer)
     if any(isinstance(part, ConvertedAttention) for part in model.modules()):
         raise PatchError("the model is converted already; undo that first, or name all layers at once")
     anatomy = Anatomy.of(model)
@@ -351,6 +353,21 @@ def _place(anatomy: Anatomy, index: int) -> Place:
         context=anatomy.max_positions,
         eps=getattr(anatomy.config, "rms_norm_eps", 1e-6),
     )
+
+
+def _on_projections(mixer: Any) -> AttentionMixer:
+    """A mixer that works on queries, keys and values.
+
+    Raises:
+        SpecError: there is none of that name, or it has other projections; those that work are named.
+    """
+    found = mixer if isinstance(mixer, Mixer) else Mixer.from_spec(mixer)
+    if not isinstance(found, AttentionMixer):
+        allowed = ", ".join(names_of(AttentionMixer))
+        raise SpecError(
+            f"{found.name} has projections of its own and cannot take over from attention; allowed: {allowed}"
+        )
+    return found
 
 
 def _on_heads_of(mixer: AttentionMixer, anatomy: Anatomy) -> AttentionMixer:
