@@ -1,11 +1,14 @@
 """What is left of a pretrained model when a mixer takes over from its attention, before and after distillation.
 
     python benchmarks/layers/conversion.py --out conversion.json --seeds 0 1 2
-    python benchmarks/layers/conversion.py --out conversion.json --mixers "sliding-window(window=128)" --layers 2-29
+    python benchmarks/layers/conversion.py --out conversion.json --mixers softmax --layers 2-29
+    python benchmarks/layers/conversion.py --out conversion.json --layers 2-4,6-8,10-12,14-16,18-20,22-24,26-28
 
 Looked at are State of the Union addresses that were not trained on: nats per token, and nats per token of a passage's
 second reading, which lies further back than the window (``again``): what of the past beyond it can be found again.
-``bytes`` are what the whole model holds after a block. Stages that a ledger holds for a seed are not measured again.
+``bytes`` are what the whole model holds after a block. The mixer ``softmax`` is the attention that was there: what the
+second stage alone teaches it. With ``--twice`` a share of the blocks that are learnt from have their first half twice.
+Stages that a ledger holds for a seed are not measured again.
 """
 
 from __future__ import annotations
@@ -28,16 +31,16 @@ from vestige.evidence.data.text import read_source
 from vestige.layers.mixers.attention import AttentionMixer
 from vestige.models import load
 from vestige.models.blocks import parse_blocks
-from vestige.models.convert import convert
+from vestige.models.convert import Conversion, convert
 from vestige.models.distill import distill
 from vestige.models.hub import find_device
 
-MIXERS = ("lizard(window=128)", "sliding-window(window=128)")
+MIXERS = ("lizard(window=128)", "sliding-window(window=128)", "softmax")
 
 
 @torch.no_grad()
 def looked_at(model: nn.Module, blocks: Tensor, batch: int) -> dict[str, Any]:
-    """Loss on blocks of text, and on the second reading of the first half of each."""
+    """Loss on blocks of text, and on the second reading of the first half of each; bytes held after one block."""
     model.eval()
     half, found = blocks.shape[1] // 2, {"loss": 0.0, "again": 0.0}
     for some in blocks.split(batch):
@@ -46,7 +49,8 @@ def looked_at(model: nn.Module, blocks: Tensor, batch: int) -> dict[str, Any]:
             logits = model(input_ids=rows, use_cache=False).logits[:, first:-1]
             losses = F.cross_entropy(logits.float().flatten(0, 1), rows[:, first + 1 :].flatten())
             found[name] += float(losses) * len(some) / len(blocks)
-    return found
+    cache = model(input_ids=blocks[:1], use_cache=True).past_key_values
+    return {**found, "bytes": Conversion.nbytes(cache)}
 
 
 def texts(tokenizer: Any, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -57,6 +61,14 @@ def texts(tokenizer: Any, length: int, device: torch.device) -> tuple[Tensor, Te
     return blocks[:-held_out], blocks[-held_out:]
 
 
+def with_repeats(blocks: Tensor, share: float) -> Tensor:
+    """The same blocks, but that a share of them, evenly spread, read their first half twice."""
+    half, twice = blocks.shape[1] // 2, blocks.clone()
+    chosen = [number for number in range(len(blocks)) if int((number + 1) * share) > int(number * share)]
+    twice[chosen, half : 2 * half] = blocks[chosen, :half]
+    return twice
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
@@ -65,6 +77,7 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--layers", default="2-29")
     parser.add_argument("--minutes", type=float, default=600.0, help="begin nothing after so many")
+    parser.add_argument("--twice", type=float, default=0.0, help="share of blocks that repeat themselves, 0 to 1")
     sizes = {"length": 512, "batch": 8, "match": 300, "tune": 300, "asked": 64}
     for name, default in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=default)
@@ -72,8 +85,8 @@ def main() -> None:
     clock, device = Clock(given.minutes), find_device("auto")
     model, tokenizer = load(given.model, device=str(device))
     learnt, held_out = texts(tokenizer, given.length, device)
-    asked = held_out[: given.asked]
-    same = {name: getattr(given, name) for name in ("model", "layers", *sizes)}
+    learnt, asked = with_repeats(learnt, given.twice), held_out[: given.asked]
+    same = {name: getattr(given, name) for name in ("model", "layers", *sizes, "twice")}
     sheet = Sheet(given.out, here(str(device)))
     if not sheet.has(stage="attention", **same):
         sheet.add({"stage": "attention", **same, **looked_at(model, asked, given.batch)})
@@ -84,12 +97,13 @@ def main() -> None:
                 continue
             swap = convert(model, cast("AttentionMixer", parse_blocks(mixer)[0][0].mixer), layers=given.layers)
             begun = time.perf_counter()
-            for stage, match, tune in (("converted", 0, 0), ("matched", given.match, 0), ("tuned", 0, given.tune)):
+            stages = [("converted", 0, 0), ("matched", given.match, 0), ("tuned", 0, given.tune)]
+            if not any(part.fresh() for part in swap.modules):
+                del stages[1]  # there is nothing that attention did not have
+            for stage, match, tune in stages:
                 if match or tune:
                     distill(swap, learnt, match_steps=match, tune_steps=tune, batch=given.batch, seed=seed)
                 row = {"stage": stage, **whose, **looked_at(model, asked, given.batch)}
-                with torch.no_grad():
-                    row["bytes"] = swap.nbytes(model(input_ids=asked[:1], use_cache=True).past_key_values)
                 row["seconds"] = time.perf_counter() - begun
                 if not sheet.has(stage=stage, **whose):
                     sheet.add(row)
