@@ -21,7 +21,6 @@ No product here takes the transpose of another product's result: on Hopper some 
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -31,20 +30,18 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from vestige.layers.ops.recurrence import Drive
-from vestige.layers.ops.recurrence_triton import (
+from vestige.layers.ops.recurrence_triton import Size, _d_keys, _read, _scores, by_chunks
+from vestige.layers.ops.tiles_triton import (
     CHUNK,
     NO_DECAY,
-    Size,
-    _d_keys,
     _faded,
     _fades,
     _matrix,
+    _placed,
     _put_matrix,
     _put_tile,
-    _read,
-    _scores,
     _tile,
-    by_chunks,
+    processors,
     summed,
 )
 
@@ -107,9 +104,9 @@ def _walk(
     DECAY: tl.constexpr, PACKED: tl.constexpr, CHUNK: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr,
 ):  # fmt: skip
     """The state before each chunk and after the last, and what is written: less what the state held already."""
-    row = tl.program_id(0).to(tl.int64)
+    row, share = _placed(tl.cdiv(values, VALUES))
     batch, head = row // heads, row % heads
-    kd, vd = tl.arange(0, KEYS), tl.program_id(1) * VALUES + tl.arange(0, VALUES)
+    kd, vd = tl.arange(0, KEYS), share * VALUES + tl.arange(0, VALUES)
     here = tl.arange(0, CHUNK)
     state = _matrix(first, row, kd, vd, keys, values)
     for n in range(0, chunks):
@@ -140,9 +137,9 @@ def _walk_back(
     DECAY: tl.constexpr, PACKED: tl.constexpr, CHUNK: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr,
 ):  # fmt: skip
     """The gradients of the state after each chunk and before the first, and of what is written."""
-    row = tl.program_id(0).to(tl.int64)
+    row, share = _placed(tl.cdiv(values, VALUES))
     batch, head = row // heads, row % heads
-    kd, vd = tl.arange(0, KEYS), tl.program_id(1) * VALUES + tl.arange(0, VALUES)
+    kd, vd = tl.arange(0, KEYS), share * VALUES + tl.arange(0, VALUES)
     here = tl.arange(0, CHUNK)
     slope = _matrix(d_last, row, kd, vd, keys, values)
     for back in range(0, chunks):
@@ -211,11 +208,11 @@ def _d_erasing(
     DECAY: tl.constexpr, PACKED: tl.constexpr, CHUNK: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr,
 ):  # fmt: skip
     """Of keys, decays and rates, through the system; added to those of the keys that are there."""
-    block = tl.program_id(0).to(tl.int64)
+    block, part = _placed(tl.cdiv(keys, KEYS))
     row, n = block // chunks, block % chunks
     token = (row // heads * chunks + n) * CHUNK
     start = token * heads + row % heads
-    here, kd = tl.arange(0, CHUNK), tl.program_id(1) * KEYS + tl.arange(0, KEYS)
+    here, kd = tl.arange(0, CHUNK), part * KEYS + tl.arange(0, KEYS)
     rate = tl.load(beta + start + here * heads).to(tl.float32)
     asks = tl.zeros([CHUNK, KEYS], tl.float32)
     for channel in range(0, values, VALUES):
@@ -237,7 +234,7 @@ def _d_erasing(
     gives = tl.dot(given.to(kt.dtype), kt)
     there = _tile(d_k, start, here, heads, kd, keys).to(tl.float32)
     _put_tile(d_k, start, here, heads, kd, keys, there + rate[:, None] * asks + gives)
-    share = start + here * heads + tl.program_id(1) * tokens * heads
+    share = start + here * heads + part.to(tl.int64) * tokens * heads
     mine = tl.sum(asks * kt.to(tl.float32), 1)
     tl.store(d_beta + share, mine)
     if DECAY != NO_DECAY:
@@ -299,7 +296,7 @@ class _Chunks(torch.autograd.Function):
             q, k, written, b, part, states, d_out, d_scores, d_states, d_q, d_k, slopes[0],
             ctx.scale, *size.shape, size.tokens, **size.keyed,
         )  # fmt: skip
-        _d_erasing[(size.blocks, size.parts)](
+        _d_erasing[(size.blocks * size.parts,)](
             k, b, part, beta, states, d_right, d_overlap, d_k, slopes[1], d_beta,
             *size.shape, size.tokens, **size.erasing,
         )  # fmt: skip
@@ -316,18 +313,12 @@ class _Size(Size):
         few = min(self.tiles["VALUES"], 64 * 128 // wide)
         while few > 16 and self.rows * triton.cdiv(self.values, few) < processors(v.device):
             few //= 2  # more programs where there are few rows to walk along
-        self.walking_rows = (self.rows, triton.cdiv(self.values, few))
+        self.walking_rows = (self.rows * triton.cdiv(self.values, few),)
         held = {"KEYS": wide, "VALUES": few, "num_warps": 4, "num_stages": 2 if wide < WIDEST_KEY else 1}
         self.walking = {**self.how, **held}
         # Never narrower: for Hopper triton 3.6 compiles products of 64 by 32 wrongly here, if the width is not aligned.
         self.solving = {**self.tiles, "HALVINGS": CHUNK.bit_length() - 1, "KEYS": 64, "VALUES": 64}
         self.erasing = {**self.tiles, "num_warps": 2}
-
-
-@functools.cache
-def processors(device: torch.device) -> int:
-    """How many programs a device runs at the same time, at least."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def takes(drive: Drive) -> bool:

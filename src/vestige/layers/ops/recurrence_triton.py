@@ -26,83 +26,27 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from vestige.layers.ops.recurrence import FAINTEST, Drive, serve
+from vestige.layers.ops.recurrence import Drive, serve
+from vestige.layers.ops.tiles_triton import (
+    BY_CHANNEL,
+    BY_HEAD,
+    CHUNK,
+    NO_DECAY,
+    _fade_at,
+    _faded,
+    _fades,
+    _matrix,
+    _placed,
+    _put_matrix,
+    _put_tile,
+    _tile,
+    processors,
+    summed,
+)
 
 __all__ = ["recurrence_cuda"]
 
-CHUNK = 64
 ROWS = 16
-NO_DECAY, BY_HEAD, BY_CHANNEL = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
-
-
-@triton.jit
-def _tile(tensor, start, rows, heads, dims, dim):
-    """Tokens of one head, some of their channels."""
-    place = rows[:, None] * (heads * dim) + dims[None, :]
-    return tl.load(tensor + start * dim + place, mask=(dims < dim)[None, :], other=0.0)
-
-
-@triton.jit
-def _put_tile(tensor, start, rows, heads, dims, dim, what):
-    place = rows[:, None] * (heads * dim) + dims[None, :]
-    tl.store(tensor + start * dim + place, what.to(tensor.dtype.element_ty), mask=(dims < dim)[None, :])
-
-
-@triton.jit
-def _fades(sums, start, rows, heads, dims, dim, DECAY: tl.constexpr):
-    """The running sums of the decay's logarithm, by token, in one channel or in each."""
-    if DECAY == BY_CHANNEL:
-        return _tile(sums, start, rows, heads, dims, dim)
-    else:
-        return tl.load(sums + start + rows * heads)[:, None]
-
-
-@triton.jit
-def _fade_at(sums, start, row, heads, dims, dim, DECAY: tl.constexpr):
-    """The same at one token, for each channel."""
-    if DECAY == BY_CHANNEL:
-        return tl.load(sums + (start + row * heads) * dim + dims, mask=dims < dim, other=0.0)
-    else:
-        return tl.load(sums + start + row * heads + dims * 0)
-
-
-@triton.jit
-def _matrix(tensor, start, rows, columns, height, width):
-    """Part of a matrix of which ``start`` come before."""
-    inside = (rows < height)[:, None] & (columns < width)[None, :]
-    place = rows[:, None] * width + columns[None, :]
-    return tl.load(tensor + start * height * width + place, mask=inside, other=0.0)
-
-
-@triton.jit
-def _put_matrix(tensor, start, rows, columns, height, width, what):
-    inside = (rows < height)[:, None] & (columns < width)[None, :]
-    place = rows[:, None] * width + columns[None, :]
-    tl.store(tensor + start * height * width + place, what.to(tensor.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def _faded(x, exponent):
-    return x * tl.exp(tl.minimum(exponent, 0.0))
-
-
-@triton.jit
-def _running(
-    x, given, out, least, columns,
-    BACK: tl.constexpr, CHUNK: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
-    """Running sums within a chunk of what is no less than the least; or, back, the slopes in it from those in them."""
-    token = tl.program_id(0).to(tl.int64) * CHUNK
-    here, column = tl.arange(0, CHUNK), tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    inside = (column < columns)[None, :]
-    place = token * columns + here[:, None] * columns + column[None, :]
-    one = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
-    if BACK:
-        found = tl.cumsum(tl.load(given + place, mask=inside, other=0.0), 0, reverse=True)
-        found = tl.where(one >= least, found, 0.0)
-    else:
-        found = tl.cumsum(tl.maximum(one, least), 0)
-    tl.store(out + place, found.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -111,9 +55,10 @@ def _states(
     DECAY: tl.constexpr, PACKED: tl.constexpr, CHUNK: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr,
 ):  # fmt: skip
     """The state before each chunk, and after the last."""
-    row = tl.program_id(0).to(tl.int64)
+    parts = tl.cdiv(values, VALUES)
+    row, part = _placed(tl.cdiv(keys, KEYS) * parts)
     batch, head = row // heads, row % heads
-    kd, vd = tl.program_id(1) * KEYS + tl.arange(0, KEYS), tl.program_id(2) * VALUES + tl.arange(0, VALUES)
+    kd, vd = part // parts * KEYS + tl.arange(0, KEYS), part % parts * VALUES + tl.arange(0, VALUES)
     here = tl.arange(0, CHUNK)
     state = _matrix(first, row, kd, vd, keys, values)
     for n in range(0, chunks):
@@ -126,9 +71,8 @@ def _states(
             kt = _faded(kt, end[None, :] - _fades(sums, start, here, heads, kd, keys, DECAY))
             state = _faded(state, end[:, None])
         if PACKED:
-            part = tl.load(number + token + here)
             final = tl.load(number + token + CHUNK - 1)
-            kt = tl.where((part == final)[:, None], kt, 0.0)
+            kt = tl.where((tl.load(number + token + here) == final)[:, None], kt, 0.0)
             state = tl.where(final == 0, state, 0.0)
         state += tl.dot(tl.trans(kt.to(vt.dtype)), vt)
     _put_matrix(states, row * (chunks + 1) + chunks, kd, vd, keys, values, state)
@@ -141,11 +85,11 @@ def _scores(
     DECAY: tl.constexpr, PACKED: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """Some rows of the scores within a chunk."""
-    block = tl.program_id(0).to(tl.int64)
+    block, part = _placed(CHUNK // ROWS)
     row, n = block // chunks, block % chunks
     token = (row // heads * chunks + n) * CHUNK
     start = token * heads + row % heads
-    edge = tl.program_id(1) * ROWS
+    edge = part * ROWS
     mine, here = edge + tl.arange(0, ROWS), tl.arange(0, CHUNK)
     found = tl.zeros([ROWS, CHUNK], tl.float32)
     for channel in range(0, keys, KEYS):
@@ -179,11 +123,11 @@ def _read(
     DECAY: tl.constexpr, PACKED: tl.constexpr, CHUNK: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr,
 ):  # fmt: skip
     """What the tokens of a chunk read, of the state before it and of each other."""
-    block = tl.program_id(0).to(tl.int64)
+    block, part = _placed(tl.cdiv(values, VALUES))
     row, n = block // chunks, block % chunks
     token = (row // heads * chunks + n) * CHUNK
     start = token * heads + row % heads
-    vd, here = tl.program_id(1) * VALUES + tl.arange(0, VALUES), tl.arange(0, CHUNK)
+    vd, here = part * VALUES + tl.arange(0, VALUES), tl.arange(0, CHUNK)
     found = tl.dot(_matrix(scores, block, here, here, CHUNK, CHUNK), _tile(v, start, here, heads, vd, values))
     for channel in range(0, keys, KEYS):
         kd = channel + tl.arange(0, KEYS)
@@ -203,9 +147,10 @@ def _later(
     DECAY: tl.constexpr, PACKED: tl.constexpr, CHUNK: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr,
 ):  # fmt: skip
     """The gradient of the state after each chunk, and before the first: the walk backwards."""
-    row = tl.program_id(0).to(tl.int64)
+    parts = tl.cdiv(values, VALUES)
+    row, part = _placed(tl.cdiv(keys, KEYS) * parts)
     batch, head = row // heads, row % heads
-    kd, vd = tl.program_id(1) * KEYS + tl.arange(0, KEYS), tl.program_id(2) * VALUES + tl.arange(0, VALUES)
+    kd, vd = part // parts * KEYS + tl.arange(0, KEYS), part % parts * VALUES + tl.arange(0, VALUES)
     here = tl.arange(0, CHUNK)
     slope = _matrix(d_last, row, kd, vd, keys, values)
     for back in range(0, chunks):
@@ -251,11 +196,11 @@ def _d_values(
     k, sums, number, scores, d_out, d_states, d_v, scale, chunks, heads, keys, values,
     DECAY: tl.constexpr, PACKED: tl.constexpr, CHUNK: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr,
 ):  # fmt: skip
-    block = tl.program_id(0).to(tl.int64)
+    block, part = _placed(tl.cdiv(values, VALUES))
     row, n = block // chunks, block % chunks
     token = (row // heads * chunks + n) * CHUNK
     start = token * heads + row % heads
-    vd, here = tl.program_id(1) * VALUES + tl.arange(0, VALUES), tl.arange(0, CHUNK)
+    vd, here = part * VALUES + tl.arange(0, VALUES), tl.arange(0, CHUNK)
     seen = _matrix(scores, block, here, here, CHUNK, CHUNK)
     found = scale * tl.dot(tl.trans(seen), _tile(d_out, start, here, heads, vd, values))
     for channel in range(0, keys, KEYS):
@@ -280,13 +225,14 @@ def _d_keys(
     CHUNK: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr,
 ):  # fmt: skip
     """Of queries, keys and decays, for some tokens of a chunk and some channels."""
-    block = tl.program_id(0).to(tl.int64)
+    parts = tl.cdiv(keys, KEYS)
+    block, piece = _placed(CHUNK // ROWS * parts)
     row, n = block // chunks, block % chunks
     token = (row // heads * chunks + n) * CHUNK
     start = token * heads + row % heads
-    edge = tl.program_id(1) * ROWS
+    edge, part = piece // parts * ROWS, piece % parts
     mine, here = edge + tl.arange(0, ROWS), tl.arange(0, CHUNK)
-    kd = tl.program_id(2) * KEYS + tl.arange(0, KEYS)
+    kd = part * KEYS + tl.arange(0, KEYS)
     dq, dk = tl.zeros([ROWS, KEYS], tl.float32), tl.zeros([ROWS, KEYS], tl.float32)
     through = tl.zeros([KEYS], tl.float32)
     for channel in range(0, values, VALUES):
@@ -296,9 +242,7 @@ def _d_keys(
         slope = _matrix(d_states, row * chunks + n, kd, vd, keys, values)
         dq += tl.dot(do, tl.trans(state))
         dk += tl.dot(vt, tl.trans(slope))
-        if DECAY != NO_DECAY:
-            if ROWS < CHUNK:
-                state = _matrix(states, row * (chunks + 1) + n + 1, kd, vd, keys, values)
+        if DECAY != NO_DECAY and ROWS == CHUNK:
             through += tl.sum(slope.to(tl.float32) * state.to(tl.float32), 1)
     dq *= scale
     if DECAY != NO_DECAY:
@@ -306,15 +250,24 @@ def _d_keys(
         end = _fade_at(sums, start, CHUNK - 1, heads, kd, keys, DECAY)
         dq, dk = _faded(dq, b), _faded(dk, end[None, :] - b)
     if PACKED:
-        part, final = tl.load(number + token + mine), tl.load(number + token + CHUNK - 1)
-        dq = tl.where((part == 0)[:, None], dq, 0.0)
-        dk = tl.where((part == final)[:, None], dk, 0.0)
+        text, final = tl.load(number + token + mine), tl.load(number + token + CHUNK - 1)
+        dq = tl.where((text == 0)[:, None], dq, 0.0)
+        dk = tl.where((text == final)[:, None], dk, 0.0)
     qt, kt = _tile(q, start, mine, heads, kd, keys), _tile(k, start, mine, heads, kd, keys)
-    if DECAY != NO_DECAY and ROWS == CHUNK:  # of the state after the chunk: the rest of that before, and what was added
+    # Through the state after the chunk: what is left of that before, and what was added; or, where programs share the
+    # tokens of a chunk, that state itself, by the program of the last.
+    if DECAY != NO_DECAY and ROWS == CHUNK:
         through = _faded(through, end)
         if PACKED:
             through = tl.where(final == 0, through, 0.0)
         through += tl.sum(kt.to(tl.float32) * dk, 0)
+    if DECAY != NO_DECAY and ROWS < CHUNK:
+        last = edge + ROWS == CHUNK
+        if last:
+            for channel in range(0, values, VALUES):
+                vd = channel + tl.arange(0, VALUES)
+                after = _matrix(states, row * (chunks + 1) + n + 1, kd, vd, keys, values).to(tl.float32)
+                through += tl.sum(after * _matrix(d_states, row * chunks + n, kd, vd, keys, values).to(tl.float32), 1)
 
     square = d_scores + block * CHUNK * CHUNK
     asked = tl.load(square + mine[:, None] * CHUNK + here[None, :])  # by the tokens of this program, of all
@@ -353,7 +306,7 @@ def _d_keys(
             _put_tile(d_sums, start, mine, heads, kd, keys, db)
         else:
             one = tl.sum(tl.where((kd < keys)[None, :], db, 0.0), 1)
-            tl.store(d_sums + tl.program_id(2) * tokens * heads + start + mine * heads, one)
+            tl.store(d_sums + part.to(tl.int64) * tokens * heads + start + mine * heads, one)
 
 
 class _Chunks(torch.autograd.Function):
@@ -412,18 +365,6 @@ class _Chunks(torch.autograd.Function):
         return d_q, d_k, d_v, d_decay, None, d_first, None
 
 
-def summed(decay: Tensor, slope: Tensor | None = None) -> Tensor:
-    """The running sums of a decay's logarithm within chunks; with their slopes, the slopes in the decay."""
-    columns = decay[0, 0].numel()
-    wide = min(64, triton.next_power_of_2(columns))
-    out = torch.empty_like(decay, dtype=torch.float32 if slope is None else decay.dtype)
-    _running[(decay.shape[0] * decay.shape[1] // CHUNK, triton.cdiv(columns, wide))](
-        decay, decay if slope is None else slope, out, FAINTEST, columns,
-        BACK=slope is not None, CHUNK=CHUNK, COLUMNS=wide, num_warps=4,
-    )  # fmt: skip
-    return out
-
-
 class Size:
     """The numbers that the kernels of one call share."""
 
@@ -437,17 +378,20 @@ class Size:
         self.how = {"DECAY": kind.value, "PACKED": number is not None, "CHUNK": CHUNK}
         wide_k, wide_v = (max(16, min(64, triton.next_power_of_2(n))) for n in (self.keys, self.values))
         self.tiles = {**self.how, "KEYS": wide_k, "VALUES": wide_v, "num_warps": 4}
-        self.reading = (self.blocks, triton.cdiv(self.values, wide_v))
-        narrow = min(32, wide_v)
-        self.walk = (self.rows, triton.cdiv(self.keys, wide_k), triton.cdiv(self.values, narrow))
-        self.walking = {**self.tiles, "VALUES": narrow, "num_warps": 8}
+        self.reading = (self.blocks * triton.cdiv(self.values, wide_v),)
+        walks = self.rows * triton.cdiv(self.keys, wide_k)
+        if walks * triton.cdiv(self.values, wide_v) < processors(v.device):
+            wide_v = min(32, wide_v)  # more programs where there are few rows to walk along
+        self.walk = (walks * triton.cdiv(self.values, wide_v),)
+        self.walking = {**self.tiles, "VALUES": wide_v, "num_warps": 8}
         self.tokens = batch * length
         # With a decay per channel a few rows and columns at a time: many tiles are held at once.
         rows, few = (ROWS, min(32, wide_k)) if kind == BY_CHANNEL else (CHUNK, wide_k)
         self.parts = triton.cdiv(self.keys, few)
-        self.scoring, self.keying = (self.blocks, CHUNK // rows), (self.blocks, CHUNK // rows, self.parts)
-        self.scored = {**self.how, "ROWS": rows, "KEYS": few, "num_warps": 4}
-        self.keyed = {**self.tiles, "ROWS": rows, "KEYS": few, "num_warps": 8 if few == 64 else 4}
+        pieces = self.blocks * (CHUNK // rows)
+        self.scoring, self.keying = (pieces,), (pieces * self.parts,)
+        self.scored = {**self.how, "ROWS": rows, "KEYS": few, "num_warps": 1 if kind == BY_CHANNEL else 4}
+        self.keyed = {**self.tiles, "ROWS": rows, "KEYS": few}
 
 
 def recurrence_cuda(drive: Drive, state: Tensor | None, starts: Tensor | None) -> tuple[Tensor, Tensor]:
