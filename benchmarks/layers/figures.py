@@ -41,8 +41,8 @@ COLOURS = {
     "gated-delta-net": "#0f766e",
     "titans": "#c026d3",
     "hgrn2": "#16a34a",
-    "sparse-state-expansion": "#0284c7",
-    "yaad": "#9d174d",
+    "sparse-state-expansion": "#9d174d",
+    "yaad": "#0284c7",
     "lightning-attention": "#78716c",
     "transnormer-llm": "#a16207",
 }

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -16,7 +17,6 @@ ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "layers"
 PAGES = (ROOT / "docs" / "layers.md", ROOT / "docs" / "studies.md")
 Rows = list[dict[str, Any]]
-WIDTH = 64  # of the models of recall that stand in the table; the figure shows all
 SOFTMAX = "softmax"
 
 
@@ -49,9 +49,9 @@ def table(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> list[str]:
     return [f"| {' | '.join(cells)} |" for cells in (heads, ["---"] * len(heads), *lines)]
 
 
-def recall(rows: Rows) -> list[str]:
-    """One row per mixer, by the bytes that it holds."""
-    mixers = grouped([row for row in rows if row["width"] == WIDTH], "mixer")
+def recall(rows: Rows, width: int) -> list[str]:
+    """One row per mixer of models of that width, by the bytes that it holds."""
+    mixers = grouped([row for row in rows if row["width"] == width], "mixer")
     loads = [load for load in rows[0]["accuracy_by_pairs"] if int(load) >= 8]
     lines = [
         [f"`{name}`", f"{found[0]['state_bytes']:,}"]
@@ -105,18 +105,36 @@ def seen_loss(values: Sequence[float]) -> str:
 
 
 def conversion(rows: Rows) -> list[str]:
-    """What is left after each stage."""
-    lines = []
-    for stage, whose in dict.fromkeys((row["stage"], row.get("mixer")) for row in sorted(rows, key=order)):
-        found = [row for row in rows if (row["stage"], row.get("mixer")) == (stage, whose)]
-        cells = [seen([row[name] for row in found], ".2f") for name in ("loss", "again")]
-        held = f"{found[0]['bytes']:,}" if "bytes" in found[0] else ""
-        lines.append([f"`{whose}`" if whose else "attention", stage if whose else "", *cells, held])
-    return table(["layers", "stage", "nats per token", "at a second reading", "bytes held"], lines)
+    """What is left after each stage, of every mixer in the place of the same layers."""
+    began = [row for row in rows if row["stage"] == "attention"][:1]
+    kinds: dict[tuple[str, str, str, float], Rows] = defaultdict(list)
+    for row in rows:
+        if row["stage"] != "attention":
+            kinds[row["mixer"], row["layers"], row["stage"], row.get("twice", 0.0)].append(row)
+    lines = [["attention", "", "", *scores(began), ""]] if began else []
+    for (mixer, layers, stage, repeats), found in sorted(kinds.items(), key=lambda pair: order(pair[1][0])):
+        after = f"{stage}, a share of {repeats:g} of the blocks repeat themselves" if repeats else stage
+        lines.append([f"`{mixer}`", layers.replace(",", ", "), after, *scores(found), str(len(found))])
+    heads = ["mixer", "layers", "stage", "nats per token", "at a second reading", "bytes held", "seeds"]
+    return table(heads, lines)
 
 
-def order(row: dict[str, Any]) -> tuple[str, int]:
-    return row.get("mixer", ""), ("attention", "converted", "matched", "tuned").index(row["stage"])
+def scores(found: Rows) -> list[str]:
+    """Loss, loss of a second reading, and bytes."""
+    held = f"{found[0]['bytes']:,}" if "bytes" in found[0] else ""
+    return [*(seen([row[name] for row in found], ".2f") for name in ("loss", "again")), held]
+
+
+def order(row: dict[str, Any]) -> tuple[str, int, float, int]:
+    """Mixer by mixer, the most layers first, stages in their order."""
+    stage = ("converted", "matched", "tuned").index(row["stage"])
+    return row["mixer"], -held_layers(row["layers"]), row.get("twice", 0.0), stage
+
+
+def held_layers(layers: str) -> int:
+    """How many a text as ``0,2-5`` names."""
+    parts = [part.partition("-") for part in layers.split(",")]
+    return sum(int(last or first) - int(first) + 1 for first, _, last in parts)
 
 
 def result_rows(name: str) -> Rows:
@@ -126,7 +144,8 @@ def result_rows(name: str) -> Rows:
 
 
 TABLES: dict[str, tuple[Callable[[Rows], list[str]], Callable[[str], Rows], str]] = {
-    "recall": (recall, rows_of, "quality-recall.jsonl"),
+    "recall": (partial(recall, width=64), rows_of, "quality-recall.jsonl"),
+    "recall-32": (partial(recall, width=32), rows_of, "quality-recall.jsonl"),
     "language": (language, rows_of, "quality-language.jsonl"),
     "hybrids": (hybrids, rows_of, "hybrids-full.jsonl"),
     "conversion": (conversion, result_rows, "conversion-h100.json"),
