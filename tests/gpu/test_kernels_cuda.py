@@ -74,10 +74,12 @@ def sequences(batch, length, *firsts):
     [
         ("none", 64, 2, 130, True),
         ("per head", 20, 1, 64, False),
+        ("fixed", 20, 2, 70, True),
         ("per token", 64, 2, 130, True),
         ("per token", 16, 1, 70, False),
         ("per channel", 40, 2, 130, True),
         ("per channel", 200, 1, 70, False),
+        ("uneven", 40, 1, 130, True),
         ("strong", 64, 2, 100, False),
     ],
 )
@@ -89,8 +91,10 @@ def test_recurrence(decay, keys, groups, length, packed):
     draws = {
         "none": lambda: None,
         "per head": lambda: -torch.rand(heads),
+        "fixed": lambda: -torch.rand(heads),
         "per token": lambda: -0.3 * torch.rand(token),
         "per channel": lambda: -0.3 * torch.rand(*token, keys),
+        "uneven": lambda: -torch.linspace(0.01, 6, length)[:, None, None] * torch.rand(*token, keys),
         "strong": lambda: -30 * torch.rand(*token, keys),
     }
     fade = draws[decay]()
@@ -102,10 +106,11 @@ def test_recurrence(decay, keys, groups, length, packed):
         "state": None if packed else torch.randn(batch, heads, keys, values),
     }
     parts = {name: None if t is None else t.to(DEVICE) for name, t in parts.items()}
+    fixed = {"scale": 0.3, **({"decay": parts.pop("decay")} if decay == "fixed" else {})}  # nobody wants its slope
     starts = sequences(batch, length, [0, 64, 65], [0, 10, 129]) if packed else None
     compare(
-        lambda state, **drive: recurrence_cuda(Drive(**drive, scale=0.3), state, starts),
-        lambda state, **drive: chunked(Drive(**drive, scale=0.3), state, starts=starts),
+        lambda state, **drive: recurrence_cuda(Drive(**drive, **fixed), state, starts),
+        lambda state, **drive: chunked(Drive(**drive, **fixed), state, starts=starts),
         parts,
         0.1 if decay == "strong" else MOST[torch.bfloat16],  # its slope is a difference of large numbers
     )

@@ -294,7 +294,7 @@ class _Chunks(torch.autograd.Function):
         slopes = (q, q) if d_sums is None else d_sums
         _d_keys[size.keying](
             q, k, written, b, part, states, d_out, d_scores, d_states, d_q, d_k, slopes[0],
-            ctx.scale, *size.shape, size.tokens, **size.keyed,
+            ctx.scale, *size.shape, size.tokens, LEARNT=d_sums is not None, **size.keyed,
         )  # fmt: skip
         _d_erasing[(size.blocks * size.parts,)](
             k, b, part, beta, states, d_right, d_overlap, d_k, slopes[1], d_beta,

@@ -20,7 +20,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from vestige.layers.ops.recurrence import Drive
 
-__all__ = ["fla_recurrence", "prepared", "serves"]
+__all__ = ["differentiated", "fla_recurrence", "prepared", "serves"]
 
 WIDEST_KEY = 256
 # On Hopper, triton 3.4 and later compile some backward passes wrongly: with versions below the second, that of a scalar
@@ -79,9 +79,9 @@ def serves(drive: Drive) -> bool:
     channelwise = drive.decay is not None and drive.decay.dim() == 4
     if drive.k.shape[-1] > WIDEST_KEY or (channelwise and drive.beta is not None):
         return False
-    if (drive.k.shape[-1] % 2 or drive.v.shape[-1] % 2) and _differentiated(drive):
+    if (drive.k.shape[-1] % 2 or drive.v.shape[-1] % 2) and differentiated(drive):
         return False  # their backward pass wants even sizes
-    return not (_differentiated(drive) and _wrong(drive))
+    return not (differentiated(drive) and _wrong(drive))
 
 
 def _fixed(decay: Tensor | None) -> bool:
@@ -89,7 +89,8 @@ def _fixed(decay: Tensor | None) -> bool:
     return decay is not None and decay.dim() == 1 and not decay.requires_grad
 
 
-def _differentiated(drive: Drive) -> bool:
+def differentiated(drive: Drive) -> bool:
+    """Whether a backward pass may follow."""
     tensors = (drive.q, drive.k, drive.v, drive.decay, drive.beta)
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 

@@ -129,13 +129,17 @@ def recurrence(
 def _by_kernels(
     drive: Drive, state: Tensor | None, starts: Tensor | None, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor] | None:
-    """By kernels that serve, those of flash-linear-attention first; but the delta rule without decay, for which ours
-    are as fast or faster at every length, by ours."""
-    from vestige.layers.ops.fla import fla_recurrence
+    """By kernels that serve, those of flash-linear-attention first; but by ours where these take less time at every
+    length: for the delta rule without decay, and in training without decay or with one per channel."""
+    from vestige.layers.ops.fla import differentiated, fla_recurrence
 
     ours = drive.v.dtype == torch.bfloat16 and has_kernels(drive.v)
+    if drive.beta is None:
+        faster = (drive.decay is None or drive.decay.dim() == 4) and differentiated(drive)
+    else:
+        faster = drive.decay is None
     found = None
-    if not (ours and drive.beta is not None and drive.decay is None):
+    if not (ours and faster):
         found = fla_recurrence(drive, state, starts=starts, cu_seqlens=cu_seqlens)
     if found is not None or not ours:
         return found

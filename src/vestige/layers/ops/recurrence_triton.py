@@ -9,9 +9,10 @@ so they may be as wide as they like. With :math:`R` the gradient of the state af
     dQ = s\,e^{b} (dO\,S_0^\top) + \dots, \qquad dK = e^{b_C - b} (V R^\top) + \dots, \qquad
     db = Q\,dQ - K\,dK + [\text{last token}] \textstyle\sum_v R\,S_C ,
 
-where dots stand for what runs through :math:`A`. With a decay per channel, :math:`A` is no plain product: rows are
+where dots stand for what runs through :math:`A`. With a decay per channel, :math:`A` is one product of factors that
+count from the middle of the chunk, where these are far from overflow. Where the decay is too strong for that, rows are
 taken in small blocks, whose decay against earlier ones is counted from their common edge, and within a block column by
-column. Every exponent is at most zero.
+column: every exponent is then at most zero.
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ from vestige.layers.ops.tiles_triton import (
     _faded,
     _fades,
     _matrix,
+    _middle,
+    _mild,
     _placed,
     _put_matrix,
     _put_tile,
@@ -80,16 +83,11 @@ def _states(
 
 
 @triton.jit
-def _scores(
-    q, k, sums, number, scores, chunks, heads, keys,
+def _scores_of(
+    q, k, sums, number, scores, block, token, start, edge, heads, keys,
     DECAY: tl.constexpr, PACKED: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """Some rows of the scores within a chunk."""
-    block, part = _placed(CHUNK // ROWS)
-    row, n = block // chunks, block % chunks
-    token = (row // heads * chunks + n) * CHUNK
-    start = token * heads + row % heads
-    edge = part * ROWS
+    """Some rows of the scores within a chunk; with a decay per channel all of them where it is mild."""
     mine, here = edge + tl.arange(0, ROWS), tl.arange(0, CHUNK)
     found = tl.zeros([ROWS, CHUNK], tl.float32)
     for channel in range(0, keys, KEYS):
@@ -97,15 +95,20 @@ def _scores(
         qt, kt = _tile(q, start, mine, heads, kd, keys), _tile(k, start, here, heads, kd, keys)
         if DECAY == BY_CHANNEL:
             b = _tile(sums, start, mine, heads, kd, keys)
-            common = _fade_at(sums, start, edge, heads, kd, keys, DECAY)[None, :]
-            earlier = _faded(kt, common - _tile(sums, start, here, heads, kd, keys)).to(kt.dtype)
-            product = tl.dot(_faded(qt, b - common).to(kt.dtype), tl.trans(earlier))
-            found += tl.where((here < edge)[None, :], product, 0.0)
-            for j in range(0, ROWS):
-                one = tl.load(k + (start + (edge + j) * heads) * keys + kd, mask=kd < keys, other=0.0)
-                gap = b - _fade_at(sums, start, edge + j, heads, kd, keys, DECAY)[None, :]
-                column = tl.sum(_faded(qt * one.to(tl.float32)[None, :], gap), 1)
-                found += tl.where((here == edge + j)[None, :], column[:, None], 0.0)
+            if ROWS == CHUNK:
+                middle = _middle(sums, start, heads, kd, keys, CHUNK)
+                kt, qt = (kt * tl.exp(middle - b)).to(kt.dtype), (qt * tl.exp(b - middle)).to(kt.dtype)
+                found += tl.dot(qt, tl.trans(kt))
+            else:
+                common = _fade_at(sums, start, edge, heads, kd, keys, DECAY)[None, :]
+                earlier = _faded(kt, common - _tile(sums, start, here, heads, kd, keys)).to(kt.dtype)
+                product = tl.dot(_faded(qt, b - common).to(kt.dtype), tl.trans(earlier))
+                found += tl.where((here < edge)[None, :], product, 0.0)
+                for j in range(0, ROWS):
+                    one = tl.load(k + (start + (edge + j) * heads) * keys + kd, mask=kd < keys, other=0.0)
+                    gap = b - _fade_at(sums, start, edge + j, heads, kd, keys, DECAY)[None, :]
+                    column = tl.sum(_faded(qt * one.to(tl.float32)[None, :], gap), 1)
+                    found += tl.where((here == edge + j)[None, :], column[:, None], 0.0)
         else:
             found += tl.dot(qt, tl.trans(kt))
     if DECAY == BY_HEAD:
@@ -115,6 +118,27 @@ def _scores(
     if PACKED:
         seen = seen & (tl.load(number + token + mine)[:, None] == tl.load(number + token + here)[None, :])
     _put_matrix(scores, block, mine, here, CHUNK, CHUNK, tl.where(seen, found, 0.0))
+
+
+@triton.jit
+def _scores(
+    q, k, sums, number, scores, chunks, heads, keys,
+    DECAY: tl.constexpr, PACKED: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    """The scores within a chunk."""
+    block = tl.program_id(0).to(tl.int64)
+    row, n = block // chunks, block % chunks
+    token = (row // heads * chunks + n) * CHUNK
+    start = token * heads + row % heads
+    if DECAY != BY_CHANNEL:  # noqa: SIM114 - this is settled by the compiler
+        _scores_of(q, k, sums, number, scores, block, token, start, 0, heads, keys, DECAY, PACKED, CHUNK, CHUNK, KEYS)
+    elif _mild(sums, start, heads, keys, 0, keys, CHUNK, KEYS):
+        _scores_of(q, k, sums, number, scores, block, token, start, 0, heads, keys, DECAY, PACKED, CHUNK, CHUNK, KEYS)
+    else:
+        for edge in range(0, CHUNK, ROWS):
+            _scores_of(
+                q, k, sums, number, scores, block, token, start, edge, heads, keys, DECAY, PACKED, CHUNK, ROWS, KEYS
+            )
 
 
 @triton.jit
@@ -218,19 +242,16 @@ def _d_values(
 
 
 @triton.jit
-def _d_keys(
-    q, k, v, sums, number, states, d_out, d_scores, d_states, d_q, d_k, d_sums,
+def _d_keys_of(
+    q, k, v, sums, number, states, d_out, d_scores, d_states, d_q, d_k, d_sums, block, part, edge,
     scale, chunks, heads, keys, values, tokens,
-    DECAY: tl.constexpr, PACKED: tl.constexpr,
+    DECAY: tl.constexpr, LEARNT: tl.constexpr, PACKED: tl.constexpr,
     CHUNK: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr,
 ):  # fmt: skip
-    """Of queries, keys and decays, for some tokens of a chunk and some channels."""
-    parts = tl.cdiv(keys, KEYS)
-    block, piece = _placed(CHUNK // ROWS * parts)
+    """For some tokens of a chunk; with a decay per channel for all of them where it is mild."""
     row, n = block // chunks, block % chunks
     token = (row // heads * chunks + n) * CHUNK
     start = token * heads + row % heads
-    edge, part = piece // parts * ROWS, piece % parts
     mine, here = edge + tl.arange(0, ROWS), tl.arange(0, CHUNK)
     kd = part * KEYS + tl.arange(0, KEYS)
     dq, dk = tl.zeros([ROWS, KEYS], tl.float32), tl.zeros([ROWS, KEYS], tl.float32)
@@ -242,7 +263,7 @@ def _d_keys(
         slope = _matrix(d_states, row * chunks + n, kd, vd, keys, values)
         dq += tl.dot(do, tl.trans(state))
         dk += tl.dot(vt, tl.trans(slope))
-        if DECAY != NO_DECAY and ROWS == CHUNK:
+        if LEARNT and ROWS == CHUNK:
             through += tl.sum(slope.to(tl.float32) * state.to(tl.float32), 1)
     dq *= scale
     if DECAY != NO_DECAY:
@@ -254,14 +275,14 @@ def _d_keys(
         dq = tl.where((text == 0)[:, None], dq, 0.0)
         dk = tl.where((text == final)[:, None], dk, 0.0)
     qt, kt = _tile(q, start, mine, heads, kd, keys), _tile(k, start, mine, heads, kd, keys)
-    # Through the state after the chunk: what is left of that before, and what was added; or, where programs share the
-    # tokens of a chunk, that state itself, by the program of the last.
-    if DECAY != NO_DECAY and ROWS == CHUNK:
+    # Through the state after the chunk: what is left of that before, and what was added; or, where some tokens follow
+    # others, that state itself, with the last of them.
+    if LEARNT and ROWS == CHUNK:
         through = _faded(through, end)
         if PACKED:
             through = tl.where(final == 0, through, 0.0)
         through += tl.sum(kt.to(tl.float32) * dk, 0)
-    if DECAY != NO_DECAY and ROWS < CHUNK:
+    if LEARNT and ROWS < CHUNK:
         last = edge + ROWS == CHUNK
         if last:
             for channel in range(0, values, VALUES):
@@ -270,10 +291,15 @@ def _d_keys(
                 through += tl.sum(after * _matrix(d_states, row * chunks + n, kd, vd, keys, values).to(tl.float32), 1)
 
     square = d_scores + block * CHUNK * CHUNK
-    asked = tl.load(square + mine[:, None] * CHUNK + here[None, :])  # by the tokens of this program, of all
-    given = tl.load(square + here[None, :] * CHUNK + mine[:, None])  # by all, of the tokens of this program
+    asked = tl.load(square + mine[:, None] * CHUNK + here[None, :])  # by these tokens, of all
+    given = tl.load(square + here[None, :] * CHUNK + mine[:, None])  # by all, of these tokens
     qa, ka = _tile(q, start, here, heads, kd, keys), _tile(k, start, here, heads, kd, keys)
-    if DECAY == BY_CHANNEL:
+    if DECAY == BY_CHANNEL and ROWS == CHUNK:
+        middle = _middle(sums, start, heads, kd, keys, CHUNK)
+        rise, fall = tl.exp(middle - b), tl.exp(b - middle)
+        dq += fall * tl.dot(asked, (ka * rise).to(ka.dtype))
+        dk += rise * tl.dot(given, (qa * fall).to(qa.dtype))
+    elif DECAY == BY_CHANNEL:
         every = _tile(sums, start, here, heads, kd, keys)
         low = _fade_at(sums, start, edge, heads, kd, keys, DECAY)[None, :]
         high = _fade_at(sums, start, edge + ROWS - 1, heads, kd, keys, DECAY)[None, :]
@@ -299,7 +325,7 @@ def _d_keys(
         dk += tl.dot(given, qa)
     _put_tile(d_q, start, mine, heads, kd, keys, dq)
     _put_tile(d_k, start, mine, heads, kd, keys, dk)
-    if DECAY != NO_DECAY:
+    if LEARNT:
         db = qt.to(tl.float32) * dq - kt.to(tl.float32) * dk
         db += tl.where((mine == CHUNK - 1)[:, None], through[None, :], 0.0)
         if DECAY == BY_CHANNEL:
@@ -307,6 +333,35 @@ def _d_keys(
         else:
             one = tl.sum(tl.where((kd < keys)[None, :], db, 0.0), 1)
             tl.store(d_sums + part.to(tl.int64) * tokens * heads + start + mine * heads, one)
+
+
+@triton.jit
+def _d_keys(
+    q, k, v, sums, number, states, d_out, d_scores, d_states, d_q, d_k, d_sums,
+    scale, chunks, heads, keys, values, tokens,
+    DECAY: tl.constexpr, LEARNT: tl.constexpr, PACKED: tl.constexpr,
+    CHUNK: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr,
+):  # fmt: skip
+    """Of queries, keys and, where they are learnt, of decays, for some channels."""
+    block, part = _placed(tl.cdiv(keys, KEYS))
+    row = block // chunks
+    start = (row // heads * chunks + block % chunks) * CHUNK * heads + row % heads
+    if DECAY != BY_CHANNEL:  # noqa: SIM114 - as above
+        _d_keys_of(
+            q, k, v, sums, number, states, d_out, d_scores, d_states, d_q, d_k, d_sums, block, part, 0,
+            scale, chunks, heads, keys, values, tokens, DECAY, LEARNT, PACKED, CHUNK, CHUNK, KEYS, VALUES,
+        )  # fmt: skip
+    elif _mild(sums, start, heads, keys, part * KEYS, part * KEYS + KEYS, CHUNK, KEYS):
+        _d_keys_of(
+            q, k, v, sums, number, states, d_out, d_scores, d_states, d_q, d_k, d_sums, block, part, 0,
+            scale, chunks, heads, keys, values, tokens, DECAY, LEARNT, PACKED, CHUNK, CHUNK, KEYS, VALUES,
+        )  # fmt: skip
+    else:
+        for edge in range(0, CHUNK, ROWS):
+            _d_keys_of(
+                q, k, v, sums, number, states, d_out, d_scores, d_states, d_q, d_k, d_sums, block, part, edge,
+                scale, chunks, heads, keys, values, tokens, DECAY, LEARNT, PACKED, CHUNK, ROWS, KEYS, VALUES,
+            )  # fmt: skip
 
 
 class _Chunks(torch.autograd.Function):
@@ -347,7 +402,7 @@ class _Chunks(torch.autograd.Function):
         d_scores, d_first = torch.empty_like(scores), torch.empty_like(d_last)
         d_states = v.new_empty(size.rows, size.chunks, size.keys, size.values)
         d_sums = None
-        if sums is not None:
+        if sums is not None and ctx.needs_input_grad[3]:
             d_sums = torch.empty_like(sums) if sums.dim() == 4 else sums.new_empty(size.parts, *sums.shape)
         _later[size.walk](q, b, part, d_out, d_last, d_states, d_first, ctx.scale, *size.shape, **size.walking)
         _d_scores[(size.blocks,)](
@@ -357,7 +412,7 @@ class _Chunks(torch.autograd.Function):
         _d_values[size.reading](k, b, part, scores, d_out, d_states, d_v, ctx.scale, *size.shape, **size.tiles)
         _d_keys[size.keying](
             q, k, v, b, part, states, d_out, d_scores, d_states, d_q, d_k, q if d_sums is None else d_sums,
-            ctx.scale, *size.shape, size.tokens, **size.keyed,
+            ctx.scale, *size.shape, size.tokens, LEARNT=d_sums is not None, **size.keyed,
         )  # fmt: skip
         d_decay = None
         if d_sums is not None:
@@ -385,13 +440,12 @@ class Size:
         self.walk = (walks * triton.cdiv(self.values, wide_v),)
         self.walking = {**self.tiles, "VALUES": wide_v, "num_warps": 8}
         self.tokens = batch * length
-        # With a decay per channel a few rows and columns at a time: many tiles are held at once.
-        rows, few = (ROWS, min(32, wide_k)) if kind == BY_CHANNEL else (CHUNK, wide_k)
-        self.parts = triton.cdiv(self.keys, few)
-        pieces = self.blocks * (CHUNK // rows)
-        self.scoring, self.keying = (pieces,), (pieces * self.parts,)
-        self.scored = {**self.how, "ROWS": rows, "KEYS": few, "num_warps": 1 if kind == BY_CHANNEL else 4}
-        self.keyed = {**self.tiles, "ROWS": rows, "KEYS": few}
+        self.parts = triton.cdiv(self.keys, wide_k)
+        self.scoring, self.keying = (self.blocks,), (self.blocks * self.parts,)
+        # With a decay per channel many tiles are held at once.
+        few, warps = (min(32, wide_k), 8) if kind == BY_CHANNEL else (wide_k, 4)
+        self.scored = {**self.how, "ROWS": ROWS, "KEYS": few, "num_warps": 4}
+        self.keyed = {**self.tiles, "ROWS": ROWS, "num_warps": warps}
 
 
 def recurrence_cuda(drive: Drive, state: Tensor | None, starts: Tensor | None) -> tuple[Tensor, Tensor]:

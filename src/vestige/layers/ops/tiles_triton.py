@@ -18,6 +18,9 @@ CHUNK = 64
 
 NO_DECAY, BY_HEAD, BY_CHANNEL = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
+MILD = tl.constexpr(120.0)
+"""How far the logarithm of what is left may fall over a chunk: both its halves, as factors, are far from overflow."""
+
 
 @triton.jit
 def _placed(count):
@@ -76,6 +79,24 @@ def _put_matrix(tensor, start, rows, columns, height, width, what):
 @triton.jit
 def _faded(x, exponent):
     return x * tl.exp(tl.minimum(exponent, 0.0))
+
+
+@triton.jit
+def _mild(sums, start, heads, keys, first, last, CHUNK: tl.constexpr, KEYS: tl.constexpr):
+    """Whether channels fade so little over a chunk that what is left may be split anywhere: into factors that count
+    from the middle of it, and are far from the ends of what bfloat16 holds."""
+    most = 0.0
+    for channel in range(first, last, KEYS):
+        kd = channel + tl.arange(0, KEYS)
+        end = _fade_at(sums, start, CHUNK - 1, heads, kd, keys, BY_CHANNEL)
+        most = tl.maximum(most, tl.max(_fade_at(sums, start, 0, heads, kd, keys, BY_CHANNEL) - end))
+    return most <= MILD
+
+
+@triton.jit
+def _middle(sums, start, heads, dims, dim, CHUNK: tl.constexpr):
+    end = _fade_at(sums, start, CHUNK - 1, heads, dims, dim, BY_CHANNEL)
+    return (0.5 * (_fade_at(sums, start, 0, heads, dims, dim, BY_CHANNEL) + end))[None, :]
 
 
 @triton.jit
