@@ -313,6 +313,47 @@ def test_answers_in_five_styles():
         diversified([facts[0]] * 4, share=1.0)
 
 
+@pytest.mark.parametrize("scale", [1.0, 1024.0])
+def test_reg_lora_pulls_as_the_gradient_of_its_penalty_says(scale):
+    here = session()
+    here.model.double()
+    here.scale = scale
+    running = vestige.method("sefe", rank=2, weight=3.0).run_state()
+    running.start(here)
+    running.before(here, stream()[0])
+    draw = torch.Generator().manual_seed(0)
+    penalties, held = [], []
+    for n, (name, linear) in enumerate(running.maps.items()):
+        first, second = pair = running.adapters.matrices(linear)
+        held += pair
+        with torch.no_grad():
+            second.copy_(torch.randn(second.shape, generator=draw))
+        # As many places as a map has, and more, some of them twice.
+        running.keys[name] = torch.randint(linear.weight.numel(), (5 + 60 * n,), generator=draw).int()
+        penalties.append((second @ first).flatten()[running.keys[name].long()].abs().mean())
+    expected = torch.autograd.grad(3.0 * scale * torch.stack(penalties).mean(), held)
+    for p in held[2:]:  # the first two are of a map that the model did not use
+        p.grad = torch.ones_like(p)
+    running.gradients(here)
+    assert held[0].grad is None and held[1].grad is None and max(g.abs().max() for g in expected) > 1e-3 * scale
+    for p, wanted in zip(held[2:], expected[2:], strict=True):
+        torch.testing.assert_close(p.grad, 1 + wanted, rtol=1e-12, atol=1e-12 * scale)
+    running.finish(here)
+
+
+def test_a_loss_among_own_classes_is_that_of_their_logits_alone():
+    here = session()
+    here.experience = stream()[1]  # classes 2 and 3
+    logits = torch.randn(4, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64, requires_grad=True)
+    for labels, own in (([2, 3, 3, 2], [2, 3]), ([2, 5, 3, 2], [2, 3, 5]), ([3, 3, 2, 2], [2, 3])):
+        labels = torch.tensor(labels)
+        found = torch.nn.functional.cross_entropy(here.among_own(logits, labels), labels)
+        place = torch.tensor([own.index(label) for label in labels.tolist()])
+        wanted = torch.nn.functional.cross_entropy(logits[:, own], place)
+        torch.testing.assert_close(found, wanted)
+        torch.testing.assert_close(*(torch.autograd.grad(loss, logits)[0] for loss in (found, wanted)))
+
+
 def test_reg_lora_keeps_later_updates_from_the_places_noted():
     held, free = (learn(vestige.method("sefe", weight=w, share=0.1))[1] for w in (1e5, 0.0))
     first = learn(vestige.method("sefe"), on=Stream(stream().experiences[:1], "class"))[1]

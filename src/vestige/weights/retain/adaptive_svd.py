@@ -193,7 +193,7 @@ class _AdaptiveSVD(Running):
             self.count = ranks(self.scores, sizes, self.learner.least, self.learner.most)
         self._group()
         for group, names in self.groups.items():
-            weights = torch.stack([wide(self.targets[name].weight.detach()) for name in names])
+            weights = wide(torch.stack([self.targets[name].weight.detach() for name in names]))
             self.kept[group] = Kept.of(weights, torch.tensor([self.count[name] for name in names]))
 
     def _measure(self, session: Session, experience: Experience) -> dict[str, float]:
@@ -223,7 +223,7 @@ class _AdaptiveSVD(Running):
     def gradients(self, session: Session) -> None:
         for group, kept in self.kept.items():
             weights = [self.targets[name].weight for name in self.groups[group]]
-            found = torch.stack([wide(torch.zeros_like(w) if w.grad is None else w.grad) for w in weights])
+            found = wide(torch.stack([torch.zeros_like(w) if w.grad is None else w.grad for w in weights]))
             pairs = [(w.grad, g) for w, g in zip(weights, kept.project(found), strict=True) if w.grad is not None]
             if pairs:
                 torch._foreach_copy_([old for old, _ in pairs], [new for _, new in pairs])
@@ -232,7 +232,7 @@ class _AdaptiveSVD(Running):
     def stepped(self, session: Session) -> None:
         for group, kept in self.kept.items():
             weights = [self.targets[name].weight for name in self.groups[group]]
-            found = kept.restore(torch.stack([wide(w) for w in weights]))
+            found = kept.restore(wide(torch.stack(weights)))
             torch._foreach_copy_(weights, list(found))
 
     def after(self, session: Session, experience: Experience) -> None:

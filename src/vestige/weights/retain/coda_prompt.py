@@ -223,7 +223,7 @@ class _CodaPrompt(Running):
             raise UnsupportedModelError(f"{self.learner.name} is for models with one label per row")
         if session.experience.classes is None:
             return None
-        return F.cross_entropy(*session.among_own(outputs.logits, batch["labels"]))
+        return F.cross_entropy(session.among_own(outputs.logits, batch["labels"]), batch["labels"])
 
     def loss(self, session: Session, batch: Batch, outputs: Any, loss: Tensor) -> Tensor:
         if not self.learner.orthogonality:

@@ -58,10 +58,10 @@ class _RehearsalFree(Running):
             raise SpecError(
                 f"head={self.learner.head!r} needs a stream that is split by class; allowed here: 'softmax'"
             )
-        logits, place = session.among_own(outputs.logits, batch["labels"])
+        logits, labels = session.among_own(outputs.logits, batch["labels"]), batch["labels"]
         if self.learner.head == "current":
-            return F.cross_entropy(logits, place)
-        right = F.one_hot(place, logits.shape[1]).to(logits)
+            return F.cross_entropy(logits, labels)
+        right = torch.zeros_like(logits).scatter_(1, labels[:, None], 1)  # classes that cannot win add nothing
         return F.binary_cross_entropy_with_logits(logits, right, reduction="none").sum(-1).mean()
 
     def loss(self, session: Session, batch: Batch, outputs: Any, loss: Tensor) -> Tensor:

@@ -12,8 +12,8 @@ from vestige.core.anatomy import Anatomy
 from vestige.core.method import Paper, Verdict, param
 from vestige.errors import InputError, UnsupportedModelError
 from vestige.weights.lora import Adapters
-from vestige.weights.retain.learner import Batch, Learner, Running
-from vestige.weights.retain.session import Session
+from vestige.weights.retain.learner import Learner, Running
+from vestige.weights.retain.session import Session, wide
 from vestige.weights.retain.stream import Experience
 
 __all__ = ["SEFE", "STYLES", "diversified"]
@@ -27,6 +27,7 @@ class _SEFE(Running):
         self.keys: dict[str, Tensor] = {}
         self.maps: dict[str, nn.Module] = {}
         self.adapters: Adapters | None = None
+        self.places: tuple[Tensor, Tensor, Tensor] | None = None  # what follows from the keys
 
     def start(self, session: Session) -> None:
         names = {id(part): name for name, part in session.model.named_modules()}
@@ -47,17 +48,38 @@ class _SEFE(Running):
             if head.get(id(parameter)) and not learner.freeze_head:
                 parameter.requires_grad_(True)
 
-    def loss(self, session: Session, batch: Batch, outputs: Any, loss: Tensor) -> Tensor:
+    @torch.no_grad()
+    def gradients(self, session: Session) -> None:
         if not self.keys or not self.learner.weight:
-            return loss
+            return
         assert self.adapters is not None
-        sizes = []
-        for name, linear in self.maps.items():
-            first, second = self.adapters.matrices(linear)
-            rows, columns = self.keys[name].long() // first.shape[1], self.keys[name].long() % first.shape[1]
-            # Only the entries asked for; the whole product is never formed.
-            sizes.append((second[rows] * first.T[columns]).sum(-1).abs().mean())
-        return loss + self.learner.weight * torch.stack(sizes).mean()
+        firsts, seconds = zip(*(self.adapters.matrices(linear) for linear in self.maps.values()), strict=True)
+        # All maps at once, and only the entries asked for: the whole products are never formed.
+        first, second = wide(torch.cat([a.T for a in firsts])), wide(torch.cat(seconds))
+        if self.places is None:
+            self.places = self._places(
+                [(len(b), a.shape[1]) for a, b in zip(firsts, seconds, strict=True)], first.dtype
+            )
+        rows, columns, share = self.places
+        a, b = first.index_select(0, columns), second.index_select(0, rows)
+        pull = (a * b).sum(1, keepdim=True).sign() * share * (self.learner.weight * session.scale)
+        to_first = torch.zeros_like(first).index_add_(0, columns, pull * b).split([a.shape[1] for a in firsts])
+        to_second = torch.zeros_like(second).index_add_(0, rows, pull * a).split([len(b) for b in seconds])
+        pulls = zip((*firsts, *seconds), (*(g.T for g in to_first), *to_second), strict=True)
+        moved = [(p.grad, g) for p, g in pulls if p.grad is not None]
+        torch._foreach_add_([grad for grad, _ in moved], [g for _, g in moved])
+
+    def _places(self, shapes: list[tuple[int, int]], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows and columns of all places noted, in the maps one below the other (or one beside the other), and the
+        weight of each in the mean over maps of the mean over places (places, 1)."""
+        rows, columns, shares, above, before = [], [], [], 0, 0
+        for places, (outputs, inputs) in zip((self.keys[name] for name in self.maps), shapes, strict=True):
+            rows.append(places // inputs + above)
+            columns.append(places % inputs + before)
+            share = 1 / len(places) / len(shapes)
+            shares.append(torch.full((len(places), 1), share, dtype=dtype, device=places.device))
+            above, before = above + outputs, before + inputs
+        return torch.cat(rows), torch.cat(columns), torch.cat(shares)
 
     @torch.no_grad()
     def after(self, session: Session, experience: Experience) -> None:
@@ -67,6 +89,7 @@ class _SEFE(Running):
             change = (second @ first).abs().flatten()
             most = change.topk(max(1, round(self.learner.share * len(change)))).indices.int()
             self.keys[name] = torch.cat([self.keys[name], most]) if name in self.keys else most
+        self.places = None
         self._merge()
 
     @torch.no_grad()
@@ -86,7 +109,7 @@ class _SEFE(Running):
         return dict(self.keys)
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        self.keys = dict(tensors)
+        self.keys, self.places = dict(tensors), None
 
 
 class SEFE(Learner):

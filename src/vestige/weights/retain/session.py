@@ -63,6 +63,7 @@ class Session:
         self.generator = torch.Generator().manual_seed(args.seed)
         self.autocast: Any = nullcontext
         self.lr = args.learning_rate
+        self._foreign: dict[tuple[int, torch.device], Tensor] = {}  # classes not of an experience, on a device
 
     @property
     def device(self) -> torch.device:
@@ -128,13 +129,18 @@ class Session:
         labels = torch.tensor(among, device=logits.device)
         return labels[logits[:, labels].argmax(-1)]
 
-    def among_own(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits (batch, own) of this experience's classes alone, and where each row's label stands among them.
+    def among_own(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Logits (batch, classes) in which only classes of this experience can win; the others have no gradient.
 
         Labels that strayed into the batch from other experiences count as its own.
         """
-        own = sorted(set(self.experience.classes or ()) | set(labels.tolist()))
-        return wide(logits)[:, own], torch.searchsorted(torch.tensor(own, device=labels.device), labels)
+        place = (self.experience.index, logits.device)
+        if place not in self._foreign:
+            foreign = torch.ones(logits.shape[-1], dtype=torch.bool)
+            foreign[list(self.experience.classes or ())] = False
+            self._foreign[place] = foreign.to(logits.device)
+        logits = wide(logits)
+        return logits.masked_fill(self._foreign[place].index_fill(0, labels, False), torch.finfo(logits.dtype).min)
 
     def formerly(self, batch: dict[str, Tensor], weights: dict[str, Tensor]) -> Any:
         """What the model answers with former weights in the place of its own; no second model is held."""

@@ -270,7 +270,7 @@ class _ExperienceTrainer(Trainer):
             with _timed(self.place):
                 self.place.running.gradients(self.place.session)
             # Gradients that overflow under a scaler are its own affair: it leaves the update out.
-            if scaler is None and not _finite(self.model):
+            if scaler is None and not _finite(self.optimizer):
                 self._refuse("a gradient is not finite")
         return loss
 
@@ -368,8 +368,8 @@ def _timed(place: _Place) -> Iterator[None]:
         place.seconds += time.perf_counter() - began
 
 
-def _finite(model: nn.Module) -> bool:
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+def _finite(optimizer: Any) -> bool:
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     norms = torch._foreach_norm(gradients) if gradients else []
     return all(math.isfinite(n) for n in torch.stack([n.float() for n in norms]).tolist()) if norms else True
 
