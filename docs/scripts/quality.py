@@ -109,7 +109,7 @@ def conversion(rows: Rows) -> list[str]:
     began = [row for row in rows if row["stage"] == "attention"][:1]
     kinds: dict[tuple[str, str, str, float], Rows] = defaultdict(list)
     for row in rows:
-        if row["stage"] != "attention":
+        if row["stage"] != "attention" and (row["mixer"], row["stage"]) != (SOFTMAX, "converted"):
             kinds[row["mixer"], row["layers"], row["stage"], row.get("twice", 0.0)].append(row)
     lines = [["attention", "", "", *scores(began), ""]] if began else []
     for (mixer, layers, stage, repeats), found in sorted(kinds.items(), key=lambda pair: order(pair[1][0])):
