@@ -4,7 +4,8 @@
 
 A text is read in chunks, and the perplexity of its last 1,024 tokens taken: by the model alone, which meets distances
 that it has never seen, by longheads, which keeps every distance below its budget, and by streaming-llm, which does so
-by forgetting. Rows are written as they come; an interrupted run goes on where it was.
+by forgetting. Seconds are those of the whole reading; other work on the machine falls on them. Rows are written as they
+come; an interrupted run goes on where it was.
 """
 
 from __future__ import annotations
@@ -81,7 +82,9 @@ def main() -> None:
             print(f"{given.minutes:g} minutes are over; the same command goes on from here")
             return
         ids = passages(tokenizer, length, (seed,)).to(model.device)
-        rows.append(about | {"perplexity": round(perplexity(model, policy, ids, given.chunk), 4)})
+        began = time.perf_counter()
+        seen = perplexity(model, policy, ids, given.chunk)
+        rows.append(about | {"perplexity": round(seen, 4), "seconds": round(time.perf_counter() - began, 2)})
         write_whole(given.out, json.dumps(facts | {"rows": rows}, indent=1) + "\n")
         print(rows[-1], flush=True)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vestige.context.layer import all_runs
+from vestige.context.layer import EMPTY, all_runs
 from vestige.context.select import longheads as longheads_module
 from vestige.context.select.longheads import LongHeads
 from vestige.context.select.recycled_attention import RecycledAttention
@@ -176,8 +176,8 @@ def test_chunks_are_chosen_and_moved_together(chunk, budget, chunks):
 
 def test_padding_between_chunks_moves_nothing(monkeypatch):
     """Rows with padding on the left, and in the middle, where a second prompt follows: each as alone."""
-    monkeypatch.setattr(longheads_module, "BLOCK_BYTES", 1)
-    monkeypatch.setattr(longheads_module, "NEAR", 5)
+    for size, least in {"BLOCK_BYTES": 1, "TILES_BYTES": 1, "TILE": 5}.items():
+        monkeypatch.setattr(longheads_module, size, least)
     model, ids, policy = tiny_model("llama", torch.float64), tokens(3, 50), LongHeads(budget=12, chunk=3)
     mask = torch.ones_like(ids)
     mask[0, :7] = mask[1, 24:33] = 0
@@ -191,6 +191,26 @@ def test_padding_between_chunks_moves_nothing(monkeypatch):
         own = [end - start for start, end in zip([0, *ends], ends, strict=False)]
         alone = logits(policy, model, ids[row : row + 1, real], own)
         assert (together[row, real] - alone[0]).abs().max() < 1e-6
+
+
+def test_queries_that_read_a_chunk_sit_at_its_tiles():
+    """Every pair of a query and a chunk has a seat of its own, at a tile of that chunk; no tile is there in vain."""
+    rows, count, length, width, most = 2, 40, 3, 8, 5
+    asked = torch.arange(count).repeat(rows, 1) + 20
+    asked[0, :9] = EMPTY
+    at = longheads_module._Near(asked, 0, length, most, None, None)
+    exist = torch.rand(rows, 3, count, at.known, generator=torch.Generator().manual_seed(0)).masked_fill(at.later, -1)
+    high, best = exist.topk(most, dim=3)
+    chosen = best.masked_fill(high < 0, at.known).sort(dim=3).values
+    tiles = longheads_module._Tiles(chosen, at, width)
+    pairs = chosen.flatten(2)
+    due = pairs < at.known
+    assert torch.equal(tiles.pair.gather(2, tiles.seat)[due], torch.arange(count * most).expand_as(pairs)[due])
+    assert torch.equal(tiles.chunk.gather(2, tiles.seat // width)[due], pairs[due])
+    readers = torch.nn.functional.one_hot(pairs, at.known + 1)[..., :-1].sum(dim=2)
+    assert tiles.count == (readers / width).ceil().sum(dim=2).max()
+    within = chosen == at.own[:, None, :, None]
+    assert tiles.open <= (tiles.seat // width)[within.flatten(2)].min()
 
 
 def test_a_text_beyond_the_trained_length_is_read_at_trained_distances():

@@ -18,15 +18,10 @@ SMALL = {"budget": 96, "chunk": 16}  # six chunks of the sixteen that a passage 
 class _Anywhere(LongHeads):
     """Chunks at random in the place of those that heads choose."""
 
-    def _choose(self, entries, text, at):  # type: ignore[no-untyped-def]
-        chosen = super()._choose(entries, text, at)
-        own = at.own[:, None, :, None].expand(*chosen.shape[:3], 1)
+    def _score(self, entries, text, at):  # type: ignore[no-untyped-def]
+        score: Tensor = super()._score(entries, text, at)
         draw = torch.Generator().manual_seed(entries.index)
-        rank = torch.rand(*chosen.shape[:3], int(own.max()) + 1, generator=draw).to(chosen.device)
-        middle = torch.arange(rank.shape[3], device=chosen.device)
-        between = (middle > 0) & (middle < own - 1)
-        some: Tensor = rank.masked_fill(~between, -1.0).topk(self.chunks - 3, dim=3).indices
-        return torch.cat([torch.zeros_like(own), some, own - 1, own], dim=3).clamp_min(0).sort(dim=3).values
+        return torch.rand(score.shape, generator=draw).to(score)
 
 
 @claim(slow=True)
