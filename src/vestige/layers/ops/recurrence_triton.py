@@ -442,10 +442,9 @@ class Size:
         self.tokens = batch * length
         self.parts = triton.cdiv(self.keys, wide_k)
         self.scoring, self.keying = (self.blocks,), (self.blocks * self.parts,)
+        self.scored = {**self.how, "ROWS": ROWS, "KEYS": wide_k, "num_warps": 4}
         # With a decay per channel many tiles are held at once.
-        few, warps = (min(32, wide_k), 8) if kind == BY_CHANNEL else (wide_k, 4)
-        self.scored = {**self.how, "ROWS": ROWS, "KEYS": few, "num_warps": 4}
-        self.keyed = {**self.tiles, "ROWS": ROWS, "num_warps": warps}
+        self.keyed = {**self.tiles, "ROWS": ROWS, "num_warps": 8 if kind == BY_CHANNEL else 4}
 
 
 def recurrence_cuda(drive: Drive, state: Tensor | None, starts: Tensor | None) -> tuple[Tensor, Tensor]:
