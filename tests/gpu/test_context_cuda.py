@@ -9,6 +9,7 @@ from vestige.context.evict.a2sf import A2SF
 from vestige.context.evict.full import Full
 from vestige.context.evict.h2o import H2O
 from vestige.context.evict.streaming_llm import StreamingLLM
+from vestige.context.select.longheads import LongHeads
 from vestige.layers.ops.attention_mass import attention_mass
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -291,3 +292,21 @@ def test_ragged_heads_decode_as_they_do_on_the_cpu():
             logits[device] = torch.cat(steps, 1)
             assert len({len(p[p >= 0]) for p in kept.positions(0).flatten(0, 1)}) > 1  # unequal heads
     assert (logits["cpu"] - logits[CUDA]).norm() / logits["cpu"].norm() < 1e-3
+
+
+def test_chunks_are_read_as_on_the_cpu():
+    """A prompt in pieces, rows with padding, and tokens that come one by one."""
+    model = llama(torch.float64)
+    ids, mask = torch.randint(1, 512, (2, 700)), torch.ones(2, 700, dtype=torch.long)
+    mask[0, :90] = 0
+    found = {}
+    for device in ("cpu", CUDA):
+        model.to(device)
+        with torch.no_grad(), LongHeads(budget=96, chunk=16).attach(model) as kept:
+            cache, logits = kept.new_cache(), []
+            for first, last in ((0, 400), (400, 698), (698, 699), (699, 700)):
+                part = ids[:, first:last].to(device)
+                out = model(part, attention_mask=mask[:, :last].to(device), past_key_values=cache, use_cache=True)
+                logits.append(out.logits.cpu())
+            found[device] = torch.cat(logits, 1)[mask.bool()]
+    assert (found["cpu"] - found[CUDA]).abs().max() < 1e-4
