@@ -36,7 +36,7 @@ LANGUAGE = {
 DATA = {"digits": "digits", "fashion-mnist": "Fashion-MNIST", "facts": "SmolLM2", "facts-small": "a model of bytes"}
 TASKS = {"class": "one class", "random": "a hundred rows at random"}
 ELEMENTS = {"facts": "twelve chemical elements", "facts-small": "four chemical elements"}
-OVERHEAD = {"overhead": "CPU", "overhead-cuda": "GPU"}
+OVERHEAD = {"overhead": "CPU", "overhead-cuda": "GPU", "overhead-cuda-base": "GPU, ViT-base"}
 NEAR = 0.1  # of the model trained again: as the certificate of erasers asks for
 
 
