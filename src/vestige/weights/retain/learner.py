@@ -224,7 +224,8 @@ class _Together(Running):
         return experience.train if owner is None else owner.rows(session, experience)
 
     def before(self, session: Session, experience: Experience) -> None:
-        for state in self.states:
+        # Who changes the model's structure comes first, and goes last: the others look at the weights that are trained.
+        for state in sorted(self.states, key=_changes_structure, reverse=True):
             state.before(session, experience)
 
     def objective(self, session: Session, batch: Batch, outputs: Any) -> Tensor | None:
@@ -243,7 +244,7 @@ class _Together(Running):
             state.stepped(session)
 
     def after(self, session: Session, experience: Experience) -> None:
-        for state in self.states:
+        for state in sorted(self.states, key=_changes_structure):
             state.after(session, experience)
 
     def predict(self, session: Session, batch: Batch, outputs: Any) -> Any:
@@ -270,6 +271,10 @@ class _Together(Running):
 
     def report(self) -> dict[str, Any]:
         return {state.learner.name: found for state in self.states if (found := state.report())}
+
+
+def _changes_structure(state: Running) -> bool:
+    return "structure" in state.learner.owns
 
 
 def held(tensors: Mapping[str, Tensor]) -> int:
