@@ -58,6 +58,7 @@ SIZES: dict[str, dict[str, int]] = {
     },
 }
 PLAIN = "finetune"
+LEARNERS = {**FORMS, "sefe": [{"weight": 0}]}  # what its matrices add without its penalty
 
 
 class Steps(TrainerCallback):
@@ -140,7 +141,7 @@ def main() -> None:
     settings = {"vit": SIZES[args.size], "batch": args.batch, "steps": args.steps, "rounds": args.rounds}
     name = "-".join(["overhead", *(part for part in (args.device, args.size) if part not in ("cpu", "small"))])
     sheet = Sheet(args.out or Path(__file__).with_name(f"{name}.json"), {**here(args.device), **settings})
-    for name, changes in forms_of(Learner, FORMS, args.only):
+    for name, changes in forms_of(Learner, LEARNERS, args.only):
         row: dict[str, Any] = {"learner": label(name, changes)}
         if sheet.has(**row) or clock.over:
             continue
