@@ -132,8 +132,8 @@ class SEFE(Learner):
     )
     verdict = Verdict(
         "not reproduced",
-        "RegLoRA on split digits, task known, small ViT, 3 seeds: 1, 40, 12 points are forgotten and 86%, 71%, 88% "
-        "are right at the end; 49, 12, 21 and 65%, 88%, 81% without it; on another machine (torch 2.11) 1, 30, 13 "
+        "RegLoRA on split digits, task known, small ViT, 3 seeds: 1, 41, 18 points are forgotten and 86%, 70%, 85% "
+        "are right at the end; 81, 13, 22 and 42%, 87%, 80% without it; on another machine (torch 2.11) 1, 30, 13 "
         "points and 87%, 75%, 87%, without it 42, 41, 19 and 69%, 70%, 85%. Styles of answer, which are reproduced, "
         "small Llama, 3 seeds: with a fifth of new facts in other styles, old ones in those styles fall by 1.9, 1.7, "
         "1.9 nats per token, without by 5.2, 3.7, 5.4",
