@@ -45,6 +45,7 @@ COLOURS = {
     "yaad": "#0284c7",
     "lightning-attention": "#78716c",
     "transnormer-llm": "#a16207",
+    "aaren": "#22d3ee",
 }
 Point = tuple[float, float, float, float]
 """Place on the axis, value, the least and the most of several seeds."""

@@ -125,10 +125,10 @@ def scores(found: Rows) -> list[str]:
     return [*(seen([row[name] for row in found], ".2f") for name in ("loss", "again")), held]
 
 
-def order(row: dict[str, Any]) -> tuple[str, int, float, int]:
+def order(row: dict[str, Any]) -> tuple[str, int, str, float, int]:
     """Mixer by mixer, the most layers first, stages in their order."""
     stage = ("converted", "matched", "tuned").index(row["stage"])
-    return row["mixer"], -held_layers(row["layers"]), row.get("twice", 0.0), stage
+    return row["mixer"], -held_layers(row["layers"]), row["layers"], row.get("twice", 0.0), stage
 
 
 def held_layers(layers: str) -> int:
