@@ -129,8 +129,8 @@ def recurrence(
 def _by_kernels(
     drive: Drive, state: Tensor | None, starts: Tensor | None, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor] | None:
-    """By kernels that serve, those of flash-linear-attention first; but by ours where these were seen to take less time:
-    for the delta rule without decay, and in training without decay or with one per channel."""
+    """By kernels that serve, those of flash-linear-attention first; but by ours where these were seen to take less
+    time: for the delta rule without decay, and in training without decay or with one per channel."""
     from vestige.layers.ops.fla import differentiated, fla_recurrence
 
     ours = drive.v.dtype == torch.bfloat16 and has_kernels(drive.v)
