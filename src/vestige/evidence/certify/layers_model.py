@@ -207,7 +207,7 @@ def a_block_that_cannot_be_is_named(case: LayerCase) -> Seen:
         refused(SpecError, lambda: case.config(name), "entry 1 of 1", "no mixer")
     if "window" in case.method.parameters():
         long = case.fitted.replace(window=CONTEXT + 1)
-        refused(SpecError, lambda: case.config([{"mixer": long}]), "block 0", str(CONTEXT + 1), str(CONTEXT))
+        refused(SpecError, lambda: case.config([{"mixer": long}]), "block 1 of 1", str(CONTEXT + 1), str(CONTEXT))
     return {"refused": 2}
 
 
