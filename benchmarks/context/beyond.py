@@ -13,8 +13,10 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import random
 import time
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -30,16 +32,54 @@ from vestige.evidence.data.text import passages
 COUNTED = 1024
 
 
-def perplexity(model: Any, policy: CachePolicy | None, ids: torch.Tensor, chunk: int) -> float:
-    """Of the last tokens of a text."""
-    counted, losses = min(COUNTED, ids.shape[1] // 2), []
+FIRST = "Somewhere in this text a pass key is told. Keep it in mind."
+LINE = " Rain falls on the roof. A cart rolls down the lane. The bell rings at noon. Bread lies on the table."
+KEY = " The pass key is {key}. Keep it in mind: {key} is the pass key."
+LAST = " What is the pass key? The pass key is"
+
+
+@contextmanager
+def reading(model: Any, policy: CachePolicy | None) -> Iterator[transformers.Cache]:
+    """The cache that the model reads with."""
     with nullcontext() if policy is None else policy.attach(model) as kept:
-        cache = transformers.DynamicCache() if kept is None else kept.new_cache()
+        yield transformers.DynamicCache() if kept is None else kept.new_cache()
+
+
+def perplexity(model: Any, tokenizer: Any, policy: CachePolicy | None, length: int, seed: int, chunk: int) -> float:
+    """Of the last tokens of a text."""
+    ids = passages(tokenizer, length, (seed,)).to(model.device)
+    counted, losses = min(COUNTED, ids.shape[1] // 2), []
+    with reading(model, policy) as cache:
         for first in range(0, ids.shape[1] - 1, chunk):
             logits = model(ids[:, first : first + chunk], past_key_values=cache, use_cache=True).logits[0]
             due = ids[0, first + 1 : first + 1 + chunk]
             losses.append(cross_entropy(logits[: len(due)].float(), due, reduction="none"))
-    return float(torch.cat(losses)[-counted:].mean().exp())
+    return round(float(torch.cat(losses)[-counted:].mean().exp()), 4)
+
+
+def pass_key(model: Any, tokenizer: Any, policy: CachePolicy | None, length: int, seed: int, chunk: int) -> bool:
+    """Whether the key is told, digit by digit, by the likeliest tokens."""
+    chance = random.Random(seed)
+    key, depth = str(chance.randint(10_000, 99_999)), chance.uniform(0.0, 0.6)
+    first, line, told, last, answer = (
+        tokenizer(part.format(key=key), add_special_tokens=False)["input_ids"]
+        for part in (FIRST, LINE, KEY, LAST, " {key}")
+    )
+    lines = (length - len(first) - len(told) - len(last)) // len(line)
+    before = int(lines * depth)
+    ids = torch.tensor([first + line * before + told + line * (lines - before) + last], device=model.device)
+    said: list[int] = []
+    with reading(model, policy) as cache:
+        for part in ids.split(chunk, dim=1):
+            logits = model(part, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        while said == answer[: len(said)] and len(said) < len(answer):
+            token = logits[:, -1].argmax(-1, keepdim=True)
+            said.append(int(token))
+            logits = model(token, past_key_values=cache, use_cache=True).logits
+    return said == answer
+
+
+TASKS = {"perplexity": perplexity, "pass key": pass_key}
 
 
 @torch.inference_mode()
@@ -51,13 +91,15 @@ def main() -> None:
     parser.add_argument("--budget", type=int, default=2048)
     parser.add_argument("--pieces", type=int, default=16, help="chunks that make longheads' budget")
     parser.add_argument("--chunk", type=int, default=1024, help="tokens read at a time")
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--policies", nargs="+", help="default: all three")
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="after which nothing new is begun")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     given = parser.parse_args()
     end = time.monotonic() + 60 * given.minutes
     model, tokenizer = vestige.models.load(given.model, dtype="float32", device=given.device)
-    policies = {
+    policies: dict[str, Any] = {
         "the model alone": None,
         "longheads": vestige.method("longheads", budget=given.budget, chunk=given.budget // given.pieces),
         "streaming-llm": vestige.method("streaming-llm", budget=given.budget),
@@ -74,17 +116,17 @@ def main() -> None:
     if {name: before[name] for name in facts} != facts:
         raise SystemExit(f"{given.out} comes from another machine, version or budget; write to another file")
     rows: list[dict[str, Any]] = before.get("rows", [])
-    for length, seed, (name, policy) in itertools.product(given.lengths, given.seeds, policies.items()):
-        about = {"length": length, "seed": seed, "policy": name}
+    names = given.policies or list(policies)
+    for task, length, seed, name in itertools.product(given.tasks, given.lengths, given.seeds, names):
+        about = {"task": task, "length": length, "seed": seed, "policy": name}
         if any(about.items() <= row.items() for row in rows):
             continue
         if time.monotonic() > end:
             print(f"{given.minutes:g} minutes are over; the same command goes on from here")
             return
-        ids = passages(tokenizer, length, (seed,)).to(model.device)
         began = time.perf_counter()
-        seen = perplexity(model, policy, ids, given.chunk)
-        rows.append(about | {"perplexity": round(seen, 4), "seconds": round(time.perf_counter() - began, 2)})
+        seen = TASKS[task](model, tokenizer, policies[name], length, seed, given.chunk)
+        rows.append(about | {"seen": seen, "seconds": round(time.perf_counter() - began, 2)})
         write_whole(given.out, json.dumps(facts | {"rows": rows}, indent=1) + "\n")
         print(rows[-1], flush=True)
 
