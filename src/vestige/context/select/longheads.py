@@ -66,8 +66,9 @@ class LongHeads(Select):
     verdict = Verdict(
         "reproduced",
         "SmolLM2, trained on 8,192 positions, five texts of 12,288 tokens, 2,048 read: the last 1,024 have a mean "
-        "perplexity of 11.8, by the model alone 44.7 (in 4,096 tokens 10.5 and 10.2). With sinks and a window of as "
-        "many they have 11.2: that what lies far away is used is not seen there. Within the trained length, 96 of 256 "
+        "perplexity of 11.8, by the model alone 44.7 (in 4,096 tokens 10.5 and 10.2), with sinks and a window of as "
+        "many 11.2. A pass key among lines that repeat themselves is told in 3 of 3 texts of 12,288 tokens, by the "
+        "model alone and with sinks and a window in none. Within the trained length, 96 of 256 "
         "tokens read in six chunks of 16: 0.22 nats a token from the model's own predictions, with chunks at random "
         "0.42, with sinks and a window of 96 0.28, though nearer than the window in one of three passages only. At "
         "half of 512 entries, in chunks of 32, a needle that is asked for token by token is found in 7 of 15 texts, "
