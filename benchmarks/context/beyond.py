@@ -80,6 +80,7 @@ def pass_key(model: Any, tokenizer: Any, policy: CachePolicy | None, length: int
 
 
 TASKS = {"perplexity": perplexity, "pass key": pass_key}
+POLICIES = ("the model alone", "longheads", "streaming-llm")
 
 
 @torch.inference_mode()
@@ -92,17 +93,18 @@ def main() -> None:
     parser.add_argument("--pieces", type=int, default=16, help="chunks that make longheads' budget")
     parser.add_argument("--chunk", type=int, default=1024, help="tokens read at a time")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
-    parser.add_argument("--policies", nargs="+", help="default: all three")
+    parser.add_argument("--policies", nargs="+", choices=POLICIES, default=POLICIES)
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="after which nothing new is begun")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     given = parser.parse_args()
     end = time.monotonic() + 60 * given.minutes
     model, tokenizer = vestige.models.load(given.model, dtype="float32", device=given.device)
+    alone, longheads, window = POLICIES
     policies: dict[str, Any] = {
-        "the model alone": None,
-        "longheads": vestige.method("longheads", budget=given.budget, chunk=given.budget // given.pieces),
-        "streaming-llm": vestige.method("streaming-llm", budget=given.budget),
+        alone: None,
+        longheads: vestige.method(longheads, budget=given.budget, chunk=given.budget // given.pieces),
+        window: vestige.method(window, budget=given.budget),
     }
     facts = {
         "model": given.model,
@@ -116,8 +118,7 @@ def main() -> None:
     if {name: before[name] for name in facts} != facts:
         raise SystemExit(f"{given.out} comes from another machine, version or budget; write to another file")
     rows: list[dict[str, Any]] = before.get("rows", [])
-    names = given.policies or list(policies)
-    for task, length, seed, name in itertools.product(given.tasks, given.lengths, given.seeds, names):
+    for task, length, seed, name in itertools.product(given.tasks, given.lengths, given.seeds, given.policies):
         about = {"task": task, "length": length, "seed": seed, "policy": name}
         if any(about.items() <= row.items() for row in rows):
             continue

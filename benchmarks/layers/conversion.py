@@ -7,8 +7,7 @@
 Looked at are State of the Union addresses that were not trained on: nats per token, and nats per token of a passage's
 second reading, which lies further back than the window (``again``): what of the past beyond it can be found again.
 ``bytes`` are what the whole model holds after a block. The mixer ``softmax`` is the attention that was there: what the
-second stage alone teaches it. With ``--twice`` a share of the blocks that are learnt from have their first half twice.
-Stages that a ledger holds for a seed are not measured again.
+second stage alone teaches it. Stages that a ledger holds for a seed are not measured again.
 """
 
 from __future__ import annotations
@@ -61,14 +60,6 @@ def texts(tokenizer: Any, length: int, device: torch.device) -> tuple[Tensor, Te
     return blocks[:-held_out], blocks[-held_out:]
 
 
-def with_repeats(blocks: Tensor, share: float) -> Tensor:
-    """The same blocks, but that a share of them, evenly spread, read their first half twice."""
-    half, twice = blocks.shape[1] // 2, blocks.clone()
-    chosen = [number for number in range(len(blocks)) if int((number + 1) * share) > int(number * share)]
-    twice[chosen, half : 2 * half] = blocks[chosen, :half]
-    return twice
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
@@ -77,7 +68,6 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--layers", default="2-29")
     parser.add_argument("--minutes", type=float, default=600.0, help="begin nothing after so many")
-    parser.add_argument("--twice", type=float, default=0.0, help="share of blocks that repeat themselves, 0 to 1")
     sizes = {"length": 512, "batch": 8, "match": 300, "tune": 300, "asked": 64}
     for name, default in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=default)
@@ -85,8 +75,8 @@ def main() -> None:
     clock, device = Clock(given.minutes), find_device("auto")
     model, tokenizer = load(given.model, device=str(device))
     learnt, held_out = texts(tokenizer, given.length, device)
-    learnt, asked = with_repeats(learnt, given.twice), held_out[: given.asked]
-    same = {name: getattr(given, name) for name in ("model", "layers", *sizes, "twice")}
+    asked = held_out[: given.asked]
+    same = {name: getattr(given, name) for name in ("model", "layers", *sizes)}
     sheet = Sheet(given.out, here(str(device)))
     if not sheet.has(stage="attention", **same):
         sheet.add({"stage": "attention", **same, **looked_at(model, asked, given.batch)})

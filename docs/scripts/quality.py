@@ -107,14 +107,13 @@ def seen_loss(values: Sequence[float]) -> str:
 def conversion(rows: Rows) -> list[str]:
     """What is left after each stage, of every mixer in the place of the same layers."""
     began = [row for row in rows if row["stage"] == "attention"][:1]
-    kinds: dict[tuple[str, str, str, float], Rows] = defaultdict(list)
+    kinds: dict[tuple[str, str, str], Rows] = defaultdict(list)
     for row in rows:
         if row["stage"] != "attention" and (row["mixer"], row["stage"]) != (SOFTMAX, "converted"):
-            kinds[row["mixer"], row["layers"], row["stage"], row.get("twice", 0.0)].append(row)
+            kinds[row["mixer"], row["layers"], row["stage"]].append(row)
     lines = [["attention", "", "", *scores(began), ""]] if began else []
-    for (mixer, layers, stage, repeats), found in sorted(kinds.items(), key=lambda pair: order(pair[1][0])):
-        after = f"{stage}, a share of {repeats:g} of the blocks repeat themselves" if repeats else stage
-        lines.append([f"`{mixer}`", layers.replace(",", ", "), after, *scores(found), str(len(found))])
+    for (mixer, layers, stage), found in sorted(kinds.items(), key=lambda pair: order(pair[1][0])):
+        lines.append([f"`{mixer}`", layers.replace(",", ", "), stage, *scores(found), str(len(found))])
     heads = ["mixer", "layers", "stage", "nats per token", "at a second reading", "bytes held", "seeds"]
     return table(heads, lines)
 
@@ -125,10 +124,10 @@ def scores(found: Rows) -> list[str]:
     return [*(seen([row[name] for row in found], ".2f") for name in ("loss", "again")), held]
 
 
-def order(row: dict[str, Any]) -> tuple[str, int, str, float, int]:
+def order(row: dict[str, Any]) -> tuple[str, int, str, int]:
     """Mixer by mixer, the most layers first, stages in their order."""
     stage = ("converted", "matched", "tuned").index(row["stage"])
-    return row["mixer"], -held_layers(row["layers"]), row["layers"], row.get("twice", 0.0), stage
+    return row["mixer"], -held_layers(row["layers"]), row["layers"], stage
 
 
 def held_layers(layers: str) -> int:
