@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
-import importlib
 import statistics
 import sys
 import time
@@ -204,7 +203,6 @@ def grows(name: str) -> bool:
 @contextlib.contextmanager
 def portable() -> Iterator[None]:
     """No kernels but PyTorch's."""
-    importlib.import_module("vestige.layers.ops.fla")  # which is imported when it is asked for first
     gates = [
         (module, gate)
         for name, module in sys.modules.items()

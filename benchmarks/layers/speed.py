@@ -123,7 +123,8 @@ def drive_of(name: str, sizes: Sizes) -> Drive | None:
         case "linear-attention":
             return Drive(direction(), direction(), v)
         case "lightning-attention" | "transnormer-llm":
-            return Drive(direction(), direction(), v, -torch.logspace(-3, 0, heads, device=sizes.device))
+            fade = -torch.logspace(-3, 0, heads, device=sizes.device)
+            return Drive(direction(), direction(), v, fade, bounded=True)
         case "mamba2":  # heads share queries and keys
             return Drive(direction(1), direction(1), v, by_token())
         case "gla":

@@ -65,7 +65,7 @@ class LightningAttentionLayer(LinearLayer):
 
     def project(self, x: Tensor, layout: Layout, memory: Memory) -> Drive:
         q, k, v = (split_heads(F.silu(f(x)), self.heads) for f in (self.q_proj, self.k_proj, self.v_proj))
-        return Drive(q, k, v, fixed_decay(self.heads, self.place, self.mixer.slopes, x))
+        return Drive(q, k, v, fixed_decay(self.heads, self.place, self.mixer.slopes, x), bounded=True)
 
     def finish(self, read: Tensor, x: Tensor) -> Tensor:
         return self.o_proj(self.norm(join_heads(read)) * torch.sigmoid(self.gate(x)))

@@ -50,7 +50,7 @@ class TransNormerLLMLayer(LinearLayer):
             angle = layout.positions[:, :, None, None] * self.speed.to(exact(x))
             q, k = (torch.cat([t * angle.cos(), t * angle.sin()], -1).to(x.dtype) for t in (q, k))
         v = split_heads(self.v_proj(x), self.heads)
-        return Drive(q, k, v, fixed_decay(self.heads, self.place, self.mixer.slopes, x))
+        return Drive(q, k, v, fixed_decay(self.heads, self.place, self.mixer.slopes, x), bounded=True)
 
     def finish(self, read: Tensor, x: Tensor) -> Tensor:
         return self.o_proj(self.norm(join_heads(read)) * self.u_proj(x))

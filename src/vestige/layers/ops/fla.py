@@ -11,16 +11,17 @@ import functools
 import importlib.util
 import warnings
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from vestige.layers.ops.recurrence import Drive
+from vestige.layers.ops.drive import FAINTEST, Drive, per_token, serve
 
-__all__ = ["differentiated", "fla_recurrence", "prepared", "serves"]
+__all__ = ["HALF_PRECISION", "fla_recurrence", "prepared", "serves"]
+
+HALF_PRECISION = (torch.float16, torch.bfloat16)
 
 WIDEST_KEY = 256
 # On Hopper, triton 3.4 and later compile some backward passes wrongly: with versions below the second, that of a scalar
@@ -42,20 +43,18 @@ def fla_recurrence(
         return None
     kernel, call = prepared(drive)
     out, state = kernel(**call, initial_state=state, output_final_state=True, cu_seqlens=cu_seqlens if packed else None)
-    return out.to(drive.v.dtype), state[-1:] if packed else state
+    return out, state[-1:] if packed else state
 
 
 def prepared(drive: Drive) -> tuple[Callable[..., tuple[Tensor, Tensor]], dict[str, Any]]:
     """The kernel for a drive that is served, and what it is given; nothing is copied that is as it has to be."""
-    from vestige.layers.ops.recurrence import FAINTEST, serve
-
-    heads = drive.v.shape[2]
-    kind = drive.v.dtype
-    q, k = (serve(t.to(kind), heads, 2).contiguous() for t in (drive.q, drive.k))
-    call: dict[str, Any] = {"q": q, "k": k, "v": drive.v.contiguous(), "scale": drive.scale}
-    decay = None if drive.decay is None else drive.decay.float()
-    if decay is not None and not drive.bounded:
-        decay = decay.clamp_min(FAINTEST)
+    v = drive.v.contiguous()
+    call: dict[str, Any] = {"q": _beside(drive.q, v), "k": _beside(drive.k, v), "v": v, "scale": drive.scale}
+    decay = drive.decay
+    if decay is not None:
+        decay = _of_kind(decay, torch.float32)
+        if not drive.bounded:
+            decay = decay.clamp_min(FAINTEST)
     if drive.beta is None:
         if decay is not None and decay.dim() == 4:
             name, call["g"] = "gla.chunk_gla", decay.contiguous()
@@ -64,35 +63,39 @@ def prepared(drive: Drive) -> tuple[Callable[..., tuple[Tensor, Tensor]], dict[s
             if _fixed(decay):
                 call["g_gamma"] = decay
             elif decay is not None:
-                call["g"] = decay.expand(drive.v.shape[:3]).contiguous()
+                call["g"] = per_token(decay, v).contiguous()
     else:
-        name, call["beta"] = "delta_rule.chunk_delta_rule", drive.beta.to(kind).contiguous()
+        name, call["beta"] = "delta_rule.chunk_delta_rule", _of_kind(drive.beta, v.dtype).contiguous()
         if decay is not None:
-            name, call["g"] = "gated_delta_rule.chunk_gated_delta_rule", decay.expand(drive.v.shape[:3]).contiguous()
+            name, call["g"] = "gated_delta_rule.chunk_gated_delta_rule", per_token(decay, v).contiguous()
     return _kernel(name), call
+
+
+def _beside(tensor: Tensor, v: Tensor) -> Tensor:
+    """Queries or keys in as many heads, and of the type, of the values."""
+    return serve(_of_kind(tensor, v.dtype), v.shape[2], 2).contiguous()
+
+
+def _of_kind(tensor: Tensor, kind: torch.dtype) -> Tensor:
+    """In a type. What is of it is left alone: PyTorch would take a microsecond to do nothing."""
+    return tensor if tensor.dtype == kind else tensor.to(kind)
 
 
 def serves(drive: Drive) -> bool:
     """Whether the kernels take this: on CUDA, in half precision, and with a backward pass where one is due."""
-    if not drive.v.is_cuda or drive.v.dtype not in (torch.float16, torch.bfloat16) or not _installed():
+    if not drive.v.is_cuda or drive.v.dtype not in HALF_PRECISION or not _installed():
         return False
     channelwise = drive.decay is not None and drive.decay.dim() == 4
     if drive.k.shape[-1] > WIDEST_KEY or (channelwise and drive.beta is not None):
         return False
-    if (drive.k.shape[-1] % 2 or drive.v.shape[-1] % 2) and differentiated(drive):
+    if (drive.k.shape[-1] % 2 or drive.v.shape[-1] % 2) and drive.differentiated:
         return False  # their backward pass wants even sizes
-    return not (differentiated(drive) and _wrong(drive))
+    return not (drive.differentiated and _wrong(drive))
 
 
 def _fixed(decay: Tensor | None) -> bool:
     """Whether a decay is a constant per head, for which the kernels have a form of its own, without a gradient."""
     return decay is not None and decay.dim() == 1 and not decay.requires_grad
-
-
-def differentiated(drive: Drive) -> bool:
-    """Whether a backward pass may follow."""
-    tensors = (drive.q, drive.k, drive.v, drive.decay, drive.beta)
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 @functools.cache

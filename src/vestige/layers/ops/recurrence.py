@@ -39,49 +39,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["Drive", "chunked", "exact", "has_kernels", "recurrence", "serve", "step"]
+from vestige.layers.ops.drive import FAINTEST, Drive, per_token, serve
+from vestige.layers.ops.fla import HALF_PRECISION, fla_recurrence
+
+__all__ = ["FAINTEST", "Drive", "chunked", "exact", "has_kernels", "recurrence", "step"]
 
 TRITON = importlib.util.find_spec("triton") is not None
-
-FAINTEST = -40.0
-"""Logarithm of the strongest decay of one token: what is left of anything then is below every digit of float32, and a
-sum of logarithms that runs deeper would cost the digits of those that follow."""
-
-
-@dataclass(frozen=True)
-class Drive:
-    """What drives the recurrence: what each token reads with, writes, and lets fade.
-
-    Attributes:
-        q, k: ``(batch, length, heads, keys)``; they may have fewer heads than the values, if the numbers divide: each
-            then serves a group of neighbouring value heads.
-        v: ``(batch, length, heads, values)``.
-        decay: logarithm of the decay, at most 0: ``(heads,)`` fixed, ``(batch, length, heads)`` or
-            ``(batch, length, heads, keys)``; ``None``: nothing fades.
-        beta: ``(batch, length, heads)`` the rate of the delta rule; ``None``: values are added.
-        scale: factor of what is read.
-        bounded: whether each decay is known to be finite and not far below :data:`FAINTEST`, as the logarithm of a
-            sigmoid is: then nothing is spent to hold it above.
-    """
-
-    q: Float[Tensor, "batch length groups keys"]
-    k: Float[Tensor, "batch length groups keys"]
-    v: Float[Tensor, "batch length heads values"]
-    decay: Float[Tensor, ...] | None = None
-    beta: Float[Tensor, "batch length heads"] | None = None
-    scale: float = 1.0
-    bounded: bool = False
-
-    def blanked(self, valid: Bool[Tensor, "batch length"] | None) -> Drive:
-        """The drive with padding taken out: a token that is not valid writes nothing and lets nothing fade."""
-        if valid is None:
-            return self
-        k = self.k.masked_fill(~valid[:, :, None, None], 0)
-        decay = self.decay
-        if decay is not None:
-            decay = _per_token(decay, self.v)
-            decay = decay.masked_fill(~valid.view(*valid.shape, *[1] * (decay.dim() - 2)), 0)
-        return replace(self, k=k, decay=decay)
 
 
 def exact(tensor: Tensor) -> torch.dtype:
@@ -120,22 +83,20 @@ def recurrence(
         out, state = step(replace(drive, **token), state)
         return out[:, None], state
     found = None
-    if drive.v.is_cuda and drive.v.dtype in (torch.float16, torch.bfloat16):
-        found = _by_kernels(drive, state, starts, cu_seqlens)
+    if drive.v.is_cuda and drive.v.dtype in HALF_PRECISION:
+        kernels = _beside_the_compiler if torch.compiler.is_compiling() else _by_kernels
+        found = kernels(drive, state, starts, cu_seqlens)
     return chunked(drive, state, starts=starts, chunk=chunk) if found is None else found
 
 
-@torch.compiler.disable
 def _by_kernels(
     drive: Drive, state: Tensor | None, starts: Tensor | None, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor] | None:
     """By kernels that serve, those of flash-linear-attention first; but by ours where these were seen to take less
     time: for the delta rule without decay, and in training without decay or with one per channel."""
-    from vestige.layers.ops.fla import differentiated, fla_recurrence
-
     ours = drive.v.dtype == torch.bfloat16 and has_kernels(drive.v)
     if drive.beta is None:
-        faster = (drive.decay is None or drive.decay.dim() == 4) and differentiated(drive)
+        faster = drive.differentiated and (drive.decay is None or drive.decay.dim() == 4)
     else:
         faster = drive.decay is None
     found = None
@@ -150,6 +111,9 @@ def _by_kernels(
     from vestige.layers.ops.delta_triton import delta_cuda, takes
 
     return delta_cuda(drive, state, starts) if takes(drive) else None
+
+
+_beside_the_compiler = torch.compiler.disable(_by_kernels)  # which takes time at every call, so only where it is due
 
 
 def step(
@@ -191,7 +155,7 @@ def chunked(
         q, k, v = (_fold(serve(t, heads, 2).to(kind), chunk) for t in (drive.q, drive.k, drive.v))
         log_decay = None
         if drive.decay is not None:
-            log_decay = _per_token(drive.decay, drive.v).to(kind).clamp_min(FAINTEST)
+            log_decay = per_token(drive.decay, drive.v).to(kind).clamp_min(FAINTEST)
             log_decay = _fold(log_decay if log_decay.dim() == 4 else log_decay[..., None], chunk).cumsum(-2)
         reach = _Reach.of(log_decay, None if starts is None else _fold(starts[:, :, None, None].to(kind), chunk))
         mixed = decayed_scores(q, k, log_decay) * reach.within
@@ -299,19 +263,9 @@ def _inverse(overlap: Tensor) -> Tensor:
 
 def _token(drive: Drive) -> dict[str, Tensor | None]:
     """The drive's tensors at its only token."""
-    decay = drive.decay if drive.decay is None else _per_token(drive.decay, drive.v)[:, 0]
+    decay = drive.decay if drive.decay is None else per_token(drive.decay, drive.v)[:, 0]
     beta = None if drive.beta is None else drive.beta[:, 0]
     return {"q": drive.q[:, 0], "k": drive.k[:, 0], "v": drive.v[:, 0], "decay": decay, "beta": beta}
-
-
-def _per_token(decay: Tensor, v: Tensor) -> Tensor:
-    """A decay that is fixed per head, for every token."""
-    return decay.expand(v.shape[:3]) if decay.dim() == 1 else decay
-
-
-def serve(tensor: Tensor, heads: int, dim: int) -> Tensor:
-    """Repeat heads, each for its group."""
-    return tensor if tensor.shape[dim] == heads else tensor.repeat_interleave(heads // tensor.shape[dim], dim)
 
 
 def _fold(tensor: Tensor, chunk: int) -> Tensor:
