@@ -40,11 +40,7 @@ def _log_sum_exp(
     kv = head // group
     rows, cols, dims = first + tl.arange(0, ROWS), tl.arange(0, COLS), tl.arange(0, DIM)
     q_at = query + batch.to(tl.int64) * q_batch + head.to(tl.int64) * q_head
-    q = tl.load(
-        q_at + rows[:, None].to(tl.int64) * q_row + dims[None, :],
-        mask=(rows < count)[:, None] & (dims < dim)[None, :],
-        other=0.0,
-    )
+    q = _tile(q_at, rows, count, q_row, dims, dim)
     k_at = keys + batch.to(tl.int64) * k_batch + kv.to(tl.int64) * k_head
     v_at = valid + (batch * (heads // group) + kv).to(tl.int64) * entries
     highest = tl.full([ROWS], -1e30, tl.float32)
@@ -53,11 +49,7 @@ def _log_sum_exp(
     end = tl.minimum(held + first + ROWS, entries)
     for start in range(0, end, COLS):
         at = start + cols
-        k = tl.load(
-            k_at + at[:, None].to(tl.int64) * k_row + dims[None, :],
-            mask=(at < entries)[:, None] & (dims < dim)[None, :],
-            other=0.0,
-        )
+        k = _tile(k_at, at, entries, k_row, dims, dim)
         logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scaling
         seen = (at[None, :] <= held + rows[:, None]) & (at < entries)[None, :]
         if HAS_VALID:
@@ -84,11 +76,7 @@ def _column_sums(
     batch, kv = tl.program_id(1) // kv_heads, tl.program_id(1) % kv_heads
     at, dims = start + tl.arange(0, COLS), tl.arange(0, DIM)
     k_at = keys + batch.to(tl.int64) * k_batch + kv.to(tl.int64) * k_head
-    k = tl.load(
-        k_at + at[:, None].to(tl.int64) * k_row + dims[None, :],
-        mask=(at < entries)[:, None] & (dims < dim)[None, :],
-        other=0.0,
-    )
+    k = _tile(k_at, at, entries, k_row, dims, dim)
     there = at < entries
     if HAS_VALID:
         there &= tl.load(valid + tl.program_id(1).to(tl.int64) * entries + at, mask=at < entries, other=0) != 0
@@ -101,11 +89,7 @@ def _column_sums(
         l_at = lse + (batch * heads + head).to(tl.int64) * count
         for first in range(begin, count, ROWS):
             rows = first + tl.arange(0, ROWS)
-            q = tl.load(
-                q_at + rows[:, None].to(tl.int64) * q_row + dims[None, :],
-                mask=(rows < count)[:, None] & (dims < dim)[None, :],
-                other=0.0,
-            )
+            q = _tile(q_at, rows, count, q_row, dims, dim)
             norm = tl.load(l_at + rows, mask=rows < count, other=float("inf"))
             weight = tl.load(weights + batch.to(tl.int64) * count + rows, mask=rows < count, other=0.0)
             logits = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scaling
@@ -156,19 +140,18 @@ def attention_mass_cuda(
     mass = torch.empty(batch, kv_heads, entries, device=query.device, dtype=torch.float32)
     exact = query.dtype == torch.float32
     side = 64 if exact else 128
-    tile = {"ROWS": side, "COLS": side, "DIM": max(16, triton.next_power_of_2(dim)), "num_warps": 8, "num_stages": 2}
     shape = (count, entries, heads, heads // kv_heads, dim, scaling, *query.stride()[:3], *keys.stride()[:3])
     how = {
         "HAS_VALID": valid is not None,
         "PRECISION": "ieee" if exact else "tf32",
+        "ROWS": side,
+        "COLS": side,
+        "DIM": max(16, triton.next_power_of_2(dim)),
         "num_warps": 8,
         "num_stages": 2,
-        **tile,
     }
-    _log_sum_exp[(triton.cdiv(count, tile["ROWS"]), batch * heads)](query, keys, seen, lse, *shape, **how)
-    _column_sums[(triton.cdiv(entries, tile["COLS"]), batch * kv_heads)](
-        query, keys, seen, lse, weights, mass, *shape, **how
-    )
+    _log_sum_exp[(triton.cdiv(count, side), batch * heads)](query, keys, seen, lse, *shape, **how)
+    _column_sums[(triton.cdiv(entries, side), batch * kv_heads)](query, keys, seen, lse, weights, mass, *shape, **how)
     return mass
 
 

@@ -34,6 +34,7 @@ from vestige.layers.ops.recurrence_triton import Size, _d_keys, _read, _scores, 
 from vestige.layers.ops.tiles_triton import (
     CHUNK,
     NO_DECAY,
+    _chunk,
     _faded,
     _fades,
     _matrix,
@@ -58,9 +59,7 @@ def _solve(
 ):  # fmt: skip
     """The inverse of the system of each chunk, and by it what its tokens would write: of values, and of the state."""
     block = tl.program_id(0).to(tl.int64)
-    row, n = block // chunks, block % chunks
-    token = (row // heads * chunks + n) * CHUNK
-    start = token * heads + row % heads
+    token, start = _chunk(block, chunks, heads, CHUNK)
     here = tl.arange(0, CHUNK)
     rate = tl.load(beta + start + here * heads).to(tl.float32)
     overlap = tl.zeros([CHUNK, CHUNK], tl.float32)
@@ -175,9 +174,7 @@ def _d_within(
 ):  # fmt: skip
     """Of scores, of the two sides of the system of a chunk, and of the values."""
     block = tl.program_id(0).to(tl.int64)
-    row, n = block // chunks, block % chunks
-    token = (row // heads * chunks + n) * CHUNK
-    start = token * heads + row % heads
+    token, start = _chunk(block, chunks, heads, CHUNK)
     here = tl.arange(0, CHUNK)
     rate = tl.load(beta + start + here * heads).to(tl.float32)
     back = tl.load(inverse + block * CHUNK * CHUNK + here[None, :] * CHUNK + here[:, None])
@@ -210,8 +207,7 @@ def _d_erasing(
     """Of keys, decays and rates, through the system; added to those of the keys that are there."""
     block, part = _placed(tl.cdiv(keys, KEYS))
     row, n = block // chunks, block % chunks
-    token = (row // heads * chunks + n) * CHUNK
-    start = token * heads + row % heads
+    token, start = _chunk(block, chunks, heads, CHUNK)
     here, kd = tl.arange(0, CHUNK), part * KEYS + tl.arange(0, KEYS)
     rate = tl.load(beta + start + here * heads).to(tl.float32)
     asks = tl.zeros([CHUNK, KEYS], tl.float32)
@@ -288,8 +284,7 @@ class _Chunks(torch.autograd.Function):
         )  # fmt: skip
         _d_within[(size.blocks,)](
             v, part, beta, inverse, written, d_out, d_written, d_v, d_right, d_scores, d_overlap, d_beta[-1], ctx.scale,
-            size.chunks, size.heads, size.values,
-            PACKED=size.how["PACKED"], CHUNK=CHUNK, VALUES=size.tiles["VALUES"], num_warps=4,
+            size.chunks, size.heads, size.values, **size.within,
         )  # fmt: skip
         slopes = (q, q) if d_sums is None else d_sums
         _d_keys[size.keying](

@@ -27,6 +27,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from vestige.layers.ops.tiles_triton import _matrix, _put_matrix
+
 __all__ = ["local_linear_cuda", "serves"]
 
 PRECISION = tl.constexpr("tf32")
@@ -35,20 +37,6 @@ ENOUGH = tl.constexpr(1e-4)
 """Size of what the solver leaves of its right-hand side, relative to it: less than half precision tells apart."""
 FEWEST = 16
 """Queries of a call below which the programs would be too few, and most of their rows empty."""
-
-
-@triton.jit
-def _tile(tensor, start, rows, count, dims, dim):
-    """Rows of a matrix, zero beyond its edges."""
-    inside = (rows < count)[:, None] & (dims < dim)[None, :]
-    return tl.load(tensor + start * dim + rows[:, None] * dim + dims[None, :], mask=inside, other=0.0)
-
-
-@triton.jit
-def _put(tensor, start, rows, count, dims, dim, what):
-    inside = (rows < count)[:, None] & (dims < dim)[None, :]
-    place = tensor + start * dim + rows[:, None] * dim + dims[None, :]
-    tl.store(place, what.to(tensor.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -83,7 +71,7 @@ def _shares(q, kt, sums, scaling, seen):
 
 @triton.jit
 def _solution(
-    due, q, mean, sums, key, valid, sequence, k_start, rows, end, held, dims, dim, scaling, ridge, iterations,
+    due, q, mean, sums, key, valid, sequence, kv, rows, end, held, dims, dim, scaling, ridge, iterations,
     VALID: tl.constexpr, PACKED: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     """Conjugate gradients for every row; rows that are done stand still."""
@@ -97,7 +85,7 @@ def _solution(
         level = tl.sum(direction * mean, 1)
         for start in range(0, end, COLS):
             cols = start + tl.arange(0, COLS)
-            kt = _tile(key, k_start, cols, held, dims, dim)
+            kt = _matrix(key, kv, cols, dims, held, dim)
             share = _shares(q, kt, sums, scaling, _seen(rows, cols, valid, sequence, held, VALID, PACKED))
             share = share * (_by_key(direction, kt) - level[:, None])
             ahead += _weighted(share, kt)
@@ -131,12 +119,12 @@ def _answers(
     end = tl.minimum(held - length + (tl.program_id(0) + 1) * ROWS, held)
     valid += batch * held
     sequence += batch * held
-    q = _tile(query, head * length, mine, length, dims, dim)
+    q = _matrix(query, head, mine, dims, length, dim)
     highest = tl.full([ROWS], -1e30, tl.float32)
     total, mean = tl.zeros([ROWS], tl.float32), tl.zeros([ROWS, DIM], tl.float32)
     for start in range(0, end, COLS):
         cols = start + tl.arange(0, COLS)
-        kt = _tile(key, kv * held, cols, held, dims, dim)
+        kt = _matrix(key, kv, cols, dims, held, dim)
         seen = _seen(rows, cols, valid, sequence, held, VALID, PACKED)
         logits = tl.where(seen, _by_key(q, kt) * scaling, -1e30)
         new = tl.maximum(highest, tl.max(logits, 1))
@@ -150,20 +138,20 @@ def _answers(
     sums = highest + tl.log(total)
     due = tl.where((mine < length)[:, None], mean - q, 0.0)
     z = _solution(
-        due, q, mean, sums, key, valid, sequence, kv * held, rows, end, held, dims, dim, scaling, ridge, iterations,
+        due, q, mean, sums, key, valid, sequence, kv, rows, end, held, dims, dim, scaling, ridge, iterations,
         VALID, PACKED, COLS,
     )  # fmt: skip
     level = tl.sum(z * mean, 1)
     found = tl.zeros([ROWS, WIDTH], tl.float32)
     for start in range(0, end, COLS):
         cols = start + tl.arange(0, COLS)
-        kt = _tile(key, kv * held, cols, held, dims, dim)
+        kt = _matrix(key, kv, cols, dims, held, dim)
         share = _shares(q, kt, sums, scaling, _seen(rows, cols, valid, sequence, held, VALID, PACKED))
         share = share * (1.0 - _by_key(z, kt) + level[:, None])
-        found += _weighted(share, _tile(value, kv * held, cols, held, wide, width))
-    _put(out, head * length, mine, length, wide, width, found)
-    _put(mean_key, head * length, mine, length, dims, dim, mean)
-    _put(slope, head * length, mine, length, dims, dim, z)
+        found += _weighted(share, _matrix(value, kv, cols, wide, held, width))
+    _put_matrix(out, head, mine, wide, length, width, found)
+    _put_matrix(mean_key, head, mine, dims, length, dim, mean)
+    _put_matrix(slope, head, mine, dims, length, dim, z)
     tl.store(reach + head * length + mine, sums, mask=mine < length)
 
 
@@ -183,38 +171,38 @@ def _of_queries(
     end = tl.minimum(held - length + (tl.program_id(0) + 1) * ROWS, held)
     valid += batch * held
     sequence += batch * held
-    q = _tile(query, head * length, mine, length, dims, dim)
-    mean = _tile(mean_key, head * length, mine, length, dims, dim)
-    do = _tile(d_out, head * length, mine, length, wide, width)
+    q = _matrix(query, head, mine, dims, length, dim)
+    mean = _matrix(mean_key, head, mine, dims, length, dim)
+    do = _matrix(d_out, head, mine, wide, length, width)
     sums = tl.load(reach + head * length + mine, mask=mine < length, other=float("inf"))
     gained, due = tl.zeros([ROWS], tl.float32), tl.zeros([ROWS, DIM], tl.float32)
     for start in range(0, end, COLS):
         cols = start + tl.arange(0, COLS)
-        kt = _tile(key, kv * held, cols, held, dims, dim)
+        kt = _matrix(key, kv, cols, dims, held, dim)
         share = _shares(q, kt, sums, scaling, _seen(rows, cols, valid, sequence, held, VALID, PACKED))
-        share = share * _by_key(do, _tile(value, kv * held, cols, held, wide, width))
+        share = share * _by_key(do, _matrix(value, kv, cols, wide, held, width))
         gained += tl.sum(share, 1)
         due -= _weighted(share, kt)
     due += gained[:, None] * mean
     y = _solution(
-        due, q, mean, sums, key, valid, sequence, kv * held, rows, end, held, dims, dim, scaling, ridge, iterations,
+        due, q, mean, sums, key, valid, sequence, kv, rows, end, held, dims, dim, scaling, ridge, iterations,
         VALID, PACKED, COLS,
     )  # fmt: skip
-    z = _tile(slope, head * length, mine, length, dims, dim)
+    z = _matrix(slope, head, mine, dims, length, dim)
     level, other = tl.sum(z * mean, 1), tl.sum(y * mean, 1)
     common, dq = tl.zeros([ROWS], tl.float32), tl.zeros([ROWS, DIM], tl.float32)
     for start in range(0, end, COLS):
         cols = start + tl.arange(0, COLS)
-        kt = _tile(key, kv * held, cols, held, dims, dim)
+        kt = _matrix(key, kv, cols, dims, held, dim)
         share = _shares(q, kt, sums, scaling, _seen(rows, cols, valid, sequence, held, VALID, PACKED))
         along, across = _by_key(z, kt), _by_key(y, kt)
-        gain = _by_key(do, _tile(value, kv * held, cols, held, wide, width))
+        gain = _by_key(do, _matrix(value, kv, cols, wide, held, width))
         t = along - level[:, None]
         share = share * ((1.0 - t) * gain - (across - other[:, None]) * t + gained[:, None] * along + across)
         common += tl.sum(share, 1)
         dq += _weighted(share, kt)
-    _put(d_query, head * length, mine, length, dims, dim, scaling * (dq - common[:, None] * mean) - y)
-    _put(adjoint, head * length, mine, length, dims, dim, y)
+    _put_matrix(d_query, head, mine, dims, length, dim, scaling * (dq - common[:, None] * mean) - y)
+    _put_matrix(adjoint, head, mine, dims, length, dim, y)
     place = numbers + head * length + mine
     tl.store(place, level, mask=mine < length)
     tl.store(place + queries, other, mask=mine < length)
@@ -237,8 +225,8 @@ def _of_keys(
     dims, wide = tl.arange(0, DIM), tl.arange(0, WIDTH)
     valid += batch * held
     sequence += batch * held
-    kt = _tile(key, kv * held, cols, held, dims, dim)
-    vt = _tile(value, kv * held, cols, held, wide, width)
+    kt = _matrix(key, kv, cols, dims, held, dim)
+    vt = _matrix(value, kv, cols, wide, held, width)
     dk, dv = tl.zeros([COLS, DIM], tl.float32), tl.zeros([COLS, WIDTH], tl.float32)
     begin = tl.maximum(start - (held - length), 0) // ROWS * ROWS
     for member in range(0, group):
@@ -252,10 +240,10 @@ def _of_keys(
             other = tl.load(place + queries, mask=mine < length, other=0.0)[:, None]
             gained = tl.load(place + 2 * queries, mask=mine < length, other=0.0)[:, None]
             common = tl.load(place + 3 * queries, mask=mine < length, other=0.0)[:, None]
-            q = _tile(query, head * length, mine, length, dims, dim)
-            z = _tile(slope, head * length, mine, length, dims, dim)
-            y = _tile(adjoint, head * length, mine, length, dims, dim).to(kt.dtype)
-            do = _tile(d_out, head * length, mine, length, wide, width)
+            q = _matrix(query, head, mine, dims, length, dim)
+            z = _matrix(slope, head, mine, dims, length, dim)
+            y = _matrix(adjoint, head, mine, dims, length, dim).to(kt.dtype)
+            do = _matrix(d_out, head, mine, wide, length, width)
             share = _shares(q, kt, sums, scaling, _seen(rows, cols, valid, sequence, held, VALID, PACKED))
             along, across, gain = _by_key(z, kt), _by_key(y, kt), _by_key(do, vt)
             t, s = along - level, across - other
@@ -266,8 +254,8 @@ def _of_keys(
             dk += tl.dot(rest, y, input_precision=PRECISION)
             dk += tl.dot(bent, z.to(kt.dtype), input_precision=PRECISION)
             dk += tl.dot(tl.trans((scaling * slopes).to(kt.dtype)), q, input_precision=PRECISION)
-    _put(d_key, kv * held, cols, held, dims, dim, dk)
-    _put(d_value, kv * held, cols, held, wide, width, dv)
+    _put_matrix(d_key, kv, cols, dims, held, dim, dk)
+    _put_matrix(d_value, kv, cols, wide, held, width, dv)
 
 
 class _Estimate(torch.autograd.Function):

@@ -33,6 +33,7 @@ from vestige.layers.ops.tiles_triton import (
     BY_HEAD,
     CHUNK,
     NO_DECAY,
+    _chunk,
     _fade_at,
     _faded,
     _fades,
@@ -127,9 +128,7 @@ def _scores(
 ):  # fmt: skip
     """The scores within a chunk."""
     block = tl.program_id(0).to(tl.int64)
-    row, n = block // chunks, block % chunks
-    token = (row // heads * chunks + n) * CHUNK
-    start = token * heads + row % heads
+    token, start = _chunk(block, chunks, heads, CHUNK)
     if DECAY != BY_CHANNEL:  # noqa: SIM114 - this is settled by the compiler
         _scores_of(q, k, sums, number, scores, block, token, start, 0, heads, keys, DECAY, PACKED, CHUNK, CHUNK, KEYS)
     elif _mild(sums, start, heads, keys, 0, keys, CHUNK, KEYS):
@@ -149,8 +148,7 @@ def _read(
     """What the tokens of a chunk read, of the state before it and of each other."""
     block, part = _placed(tl.cdiv(values, VALUES))
     row, n = block // chunks, block % chunks
-    token = (row // heads * chunks + n) * CHUNK
-    start = token * heads + row % heads
+    token, start = _chunk(block, chunks, heads, CHUNK)
     vd, here = part * VALUES + tl.arange(0, VALUES), tl.arange(0, CHUNK)
     found = tl.dot(_matrix(scores, block, here, here, CHUNK, CHUNK), _tile(v, start, here, heads, vd, values))
     for channel in range(0, keys, KEYS):
@@ -199,9 +197,7 @@ def _d_scores(
     PACKED: tl.constexpr, CHUNK: tl.constexpr, VALUES: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(0).to(tl.int64)
-    row, n = block // chunks, block % chunks
-    token = (row // heads * chunks + n) * CHUNK
-    start = token * heads + row % heads
+    token, start = _chunk(block, chunks, heads, CHUNK)
     here = tl.arange(0, CHUNK)
     found = tl.zeros([CHUNK, CHUNK], tl.float32)
     for channel in range(0, values, VALUES):
@@ -222,8 +218,7 @@ def _d_values(
 ):  # fmt: skip
     block, part = _placed(tl.cdiv(values, VALUES))
     row, n = block // chunks, block % chunks
-    token = (row // heads * chunks + n) * CHUNK
-    start = token * heads + row % heads
+    token, start = _chunk(block, chunks, heads, CHUNK)
     vd, here = part * VALUES + tl.arange(0, VALUES), tl.arange(0, CHUNK)
     seen = _matrix(scores, block, here, here, CHUNK, CHUNK)
     found = scale * tl.dot(tl.trans(seen), _tile(d_out, start, here, heads, vd, values))
@@ -250,8 +245,7 @@ def _d_keys_of(
 ):  # fmt: skip
     """For some tokens of a chunk; with a decay per channel for all of them where it is mild."""
     row, n = block // chunks, block % chunks
-    token = (row // heads * chunks + n) * CHUNK
-    start = token * heads + row % heads
+    token, start = _chunk(block, chunks, heads, CHUNK)
     mine, here = edge + tl.arange(0, ROWS), tl.arange(0, CHUNK)
     kd = part * KEYS + tl.arange(0, KEYS)
     dq, dk = tl.zeros([ROWS, KEYS], tl.float32), tl.zeros([ROWS, KEYS], tl.float32)
@@ -406,8 +400,7 @@ class _Chunks(torch.autograd.Function):
             d_sums = torch.empty_like(sums) if sums.dim() == 4 else sums.new_empty(size.parts, *sums.shape)
         _later[size.walk](q, b, part, d_out, d_last, d_states, d_first, ctx.scale, *size.shape, **size.walking)
         _d_scores[(size.blocks,)](
-            v, part, d_out, d_scores, ctx.scale, size.chunks, size.heads, size.values,
-            PACKED=size.how["PACKED"], CHUNK=CHUNK, VALUES=size.tiles["VALUES"], num_warps=4,
+            v, part, d_out, d_scores, ctx.scale, size.chunks, size.heads, size.values, **size.within,
         )  # fmt: skip
         _d_values[size.reading](k, b, part, scores, d_out, d_states, d_v, ctx.scale, *size.shape, **size.tiles)
         _d_keys[size.keying](
@@ -433,6 +426,7 @@ class Size:
         self.how = {"DECAY": kind.value, "PACKED": number is not None, "CHUNK": CHUNK}
         wide_k, wide_v = (max(16, min(64, triton.next_power_of_2(n))) for n in (self.keys, self.values))
         self.tiles = {**self.how, "KEYS": wide_k, "VALUES": wide_v, "num_warps": 4}
+        self.within = {"PACKED": self.how["PACKED"], "CHUNK": CHUNK, "VALUES": wide_v, "num_warps": 4}
         self.reading = (self.blocks * triton.cdiv(self.values, wide_v),)
         walks = self.rows * triton.cdiv(self.keys, wide_k)
         if walks * triton.cdiv(self.values, wide_v) < processors(v.device):

@@ -1,4 +1,4 @@
-"""Tiles that kernels of the recurrence read and write, in Triton: tokens of a head, states, and what decays leave."""
+"""Tiles that kernels read and write, in Triton: tokens of a head, matrices, and what decays of a recurrence leave."""
 
 from __future__ import annotations
 
@@ -28,6 +28,14 @@ def _placed(count):
     taken from memory once."""
     program = tl.program_id(0)
     return (program // count).to(tl.int64), program % count
+
+
+@triton.jit
+def _chunk(block, chunks, heads, CHUNK: tl.constexpr):
+    """The first token of a chunk of a head, and where that head begins in it."""
+    row, n = block // chunks, block % chunks
+    token = (row // heads * chunks + n) * CHUNK
+    return token, token * heads + row % heads
 
 
 @triton.jit
@@ -63,7 +71,7 @@ def _fade_at(sums, start, row, heads, dims, dim, DECAY: tl.constexpr):
 
 @triton.jit
 def _matrix(tensor, start, rows, columns, height, width):
-    """Part of a matrix of which ``start`` come before."""
+    """Part of a matrix of which ``start`` come before, zero beyond its edges."""
     inside = (rows < height)[:, None] & (columns < width)[None, :]
     place = rows[:, None] * width + columns[None, :]
     return tl.load(tensor + start * height * width + place, mask=inside, other=0.0)

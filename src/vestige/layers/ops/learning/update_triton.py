@@ -13,24 +13,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vestige.layers.ops.tiles_triton import _matrix, _put_matrix
+
 __all__ = ["update_back_cuda", "update_cuda"]
 
 SIDE = 64
 TOKENS = 32
-
-
-@triton.jit
-def _tile(tensor, start, rows, height, columns, width):
-    """Part of a matrix of which ``start`` come before, zero beyond its edges."""
-    inside = (rows < height)[:, None] & (columns < width)[None, :]
-    place = rows[:, None] * width + columns[None, :]
-    return tl.load(tensor + start * height * width + place, mask=inside, other=0.0)
-
-
-@triton.jit
-def _put(tensor, start, rows, height, columns, width, what):
-    inside = (rows < height)[:, None] & (columns < width)[None, :]
-    tl.store(tensor + start * height * width + rows[:, None] * width + columns[None, :], what, mask=inside)
 
 
 @triton.jit
@@ -40,20 +28,20 @@ def _forward(
 ):  # fmt: skip
     at = tl.program_id(0).to(tl.int64)
     rows, columns = tl.program_id(1) * SIDE + tl.arange(0, SIDE), tl.program_id(2) * SIDE + tl.arange(0, SIDE)
-    a, s = _tile(total, at, rows, height, columns, width), _tile(surprise, at, rows, height, columns, width)
+    a, s = _matrix(total, at, rows, columns, height, width), _matrix(surprise, at, rows, columns, height, width)
     here = gates + at
     a = tl.load(here) * a + tl.load(here + memories) * s
     s = tl.load(here + 2 * memories) * s
     for first in range(0, tokens, TOKENS):
         token = first + tl.arange(0, TOKENS)
-        x = tl.trans(_tile(inputs, at, token, tokens, rows, height))
-        d = _tile(slope, at, token, tokens, columns, width)
+        x = tl.trans(_matrix(inputs, at, token, rows, tokens, height))
+        d = _matrix(slope, at, token, columns, tokens, width)
         r = tl.load(share + at * tokens + token, mask=token < tokens, other=0.0)
         h = tl.load(heap + at * tokens + token, mask=token < tokens, other=0.0)
         a -= tl.dot(x, r[:, None] * d, input_precision="tf32x3")
         s -= tl.dot(x, h[:, None] * d, input_precision="tf32x3")
-    _put(new_total, at, rows, height, columns, width, a)
-    _put(new_surprise, at, rows, height, columns, width, s)
+    _put_matrix(new_total, at, rows, columns, height, width, a)
+    _put_matrix(new_surprise, at, rows, columns, height, width, s)
 
 
 @triton.jit
@@ -64,17 +52,17 @@ def _backward(
     """Of the weights, beside slopes that come from elsewhere; each program leaves its part of the gates' slopes."""
     at = tl.program_id(0).to(tl.int64)
     rows, columns = tl.program_id(1) * SIDE + tl.arange(0, SIDE), tl.program_id(2) * SIDE + tl.arange(0, SIDE)
-    a, s = _tile(total, at, rows, height, columns, width), _tile(surprise, at, rows, height, columns, width)
-    da = _tile(d_new_total, at, rows, height, columns, width)
-    ds = _tile(d_new_surprise, at, rows, height, columns, width)
+    a, s = _matrix(total, at, rows, columns, height, width), _matrix(surprise, at, rows, columns, height, width)
+    da = _matrix(d_new_total, at, rows, columns, height, width)
+    ds = _matrix(d_new_surprise, at, rows, columns, height, width)
     here = gates + at
     here_total = tl.load(here) * da
     here_surprise = tl.load(here + memories) * da + tl.load(here + 2 * memories) * ds
     if MORE:
-        here_total += _tile(more_total, at, rows, height, columns, width)
-        here_surprise += _tile(more_surprise, at, rows, height, columns, width)
-    _put(d_total, at, rows, height, columns, width, here_total)
-    _put(d_surprise, at, rows, height, columns, width, here_surprise)
+        here_total += _matrix(more_total, at, rows, columns, height, width)
+        here_surprise += _matrix(more_surprise, at, rows, columns, height, width)
+    _put_matrix(d_total, at, rows, columns, height, width, here_total)
+    _put_matrix(d_surprise, at, rows, columns, height, width, here_surprise)
     part = d_gates + (tl.program_id(1) * tl.num_programs(2) + tl.program_id(2)) * 3 * memories + at
     tl.store(part, tl.sum(da * a))
     tl.store(part + memories, tl.sum(da * s))
