@@ -4,9 +4,19 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, DataCollatorWithFlattening, Trainer, TrainingArguments
+from accelerate.utils import send_to_device
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    DataCollatorWithFlattening,
+    Trainer,
+    TrainingArguments,
+)
 
 from vestige.errors import InputError, SpecError
+from vestige.layers.layout import Layout
 from vestige.layers.mixers import Mixer
 from vestige.models import VestigeConfig, VestigeLM, VestigeState
 from vestige.models.blocks import RESIDUALS, names_of
@@ -89,6 +99,43 @@ def test_packed_rows_are_as_alone():
     assert not torch.allclose(model(text).logits, alone)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("blocks", [HYBRID, "titans-mac(refresh=4)*2"])
+def test_several_rows_are_packed_each_in_its_own_way(blocks):
+    model = build(blocks).double()
+    text, cuts = tokens(2, 21), (((0, 8), (8, 9), (9, 21)), ((0, 5), (5, 21)))
+    places = torch.stack([torch.cat([torch.arange(b - a) for a, b in row]) for row in cuts])
+    alone = [torch.cat([model(text[n : n + 1, a:b]).logits[0] for a, b in row]) for n, row in enumerate(cuts)]
+    torch.testing.assert_close(model(text, position_ids=places).logits, torch.stack(alone), atol=1e-10, rtol=0)
+
+
+@torch.no_grad()
+def test_flash_attention_is_told_of_packed_sequences(monkeypatch):
+    """It is given no mask, so boundaries alone keep sequences apart; a loop over them stands for it here."""
+
+    def by_sequence(module, q, k, v, mask, scaling, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k, **unused):
+        assert mask is None and torch.equal(cu_seq_lens_q, cu_seq_lens_k)
+        lengths = cu_seq_lens_q.diff()
+        assert lengths.dtype == torch.int32 and max_length_q == max_length_k == lengths.max()
+        parts = [t.transpose(0, 1).flatten(1, 2).split(lengths.tolist(), 1) for t in (q, k, v)]
+        each = [attend(*part, is_causal=True, scale=scaling, enable_gqa=True) for part in zip(*parts, strict=True)]
+        return torch.cat(each, 1).transpose(0, 1).view(q.shape[0], q.shape[2], *q.shape[1::2]), None
+
+    attend = torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setitem(AttentionInterface._global_mapping, "loop_for_flash", by_sequence)
+    monkeypatch.setitem(AttentionMaskInterface._global_mapping, "loop_for_flash", lambda **unused: None)
+    model = build("softmax*2", num_key_value_heads=1).double()
+    text = tokens(2, 12)
+    told = [{"position_ids": torch.tensor([[*range(5), *range(7)], [*range(9), *range(3)]])}]
+    told += [{"cu_seqlens": torch.tensor([0, 4, 12])}]
+    for given in told:
+        rows = text[: 1 if "cu_seqlens" in given else 2]
+        model.set_attn_implementation("sdpa")
+        due = model(rows, **given).logits
+        model.config._attn_implementation = "loop_for_flash"  # the setter looks for kernels of that name
+        torch.testing.assert_close(model(rows, **given).logits, due)
+
+
 def test_no_packed_sequence_predicts_the_next_ones_first_token():
     model = build().double()
     text, ends = tokens(1, 21), torch.tensor([0, 8, 21])
@@ -115,6 +162,27 @@ def test_the_trainer_of_transformers_packs_and_checkpoints(tmp_path):
     with torch.no_grad():
         alone = [model(tokens(1, n), labels=tokens(1, n)).loss * (n - 1) for n in (5, 9)]
         torch.testing.assert_close(model(**batch).loss * (4 + 8), sum(alone))
+
+
+def test_the_trainer_smooths_labels_of_the_next_token(tmp_path):
+    arguments = TrainingArguments(str(tmp_path), label_smoothing_factor=0.1, use_cpu=True, report_to=[])
+    model = build()
+    loss = Trainer(model=model, args=arguments).compute_loss(model, {"input_ids": tokens(), "labels": tokens()})
+    logits = model(tokens()).logits[:, :-1].flatten(0, 1)
+    due = torch.nn.functional.cross_entropy(logits, tokens()[:, 1:].flatten(), label_smoothing=0.1)
+    torch.testing.assert_close(loss, due)
+
+
+def test_a_layout_follows_blocks_to_their_device():
+    """What Accelerate does before each block of a model that is spread over devices."""
+    held = torch.ones(2, 5, dtype=torch.bool)
+    layout = Layout.of(2, 5, held=held)
+    assert send_to_device({"layout": layout}, torch.device("cpu"))["layout"] is layout
+    away = send_to_device({"layout": layout}, torch.device("meta"))["layout"]
+    parts = (away.positions, away.valid, away.held, away.mask, *away.angles(4, 1e4, torch.float32))
+    assert all(part.is_meta for part in parts)
+    assert send_to_device({"layout": layout}, torch.device("meta"))["layout"] is away  # moved once, not per block
+    assert not layout.positions.is_meta
 
 
 @torch.no_grad()
@@ -215,6 +283,9 @@ def test_hidden_states_and_kept_logits():
     read = model(tokens(), output_hidden_states=True, logits_to_keep=2)
     assert len(read.hidden_states) == 4 and read.logits.shape == (2, 2, 41)
     torch.testing.assert_close(read.logits, model(tokens()).logits[:, -2:])
+    for part in (model, model.model):
+        plain = part(tokens(), return_dict=False, use_cache=False)
+        assert isinstance(plain, tuple) and torch.equal(plain[0], part(tokens(), use_cache=False)[0])
 
 
 @torch.no_grad()
@@ -258,10 +329,14 @@ def test_what_does_not_fit_is_refused(tmp_path):
         ({"attention_mask": torch.ones(2, 7)}, "attention_mask"),
         ({"cu_seqlens": torch.tensor([0, 19])}, "one row"),
         ({"inputs_embeds": torch.zeros(2, 19, 32)}, "either"),
+        ({"output_attentions": True}, "no attention weights"),
+        ({"labels": tokens(), "logits_to_keep": 1}, "without logits_to_keep"),
     ]
     for options, words in refused:
         with pytest.raises(InputError, match=words):
             model(tokens(), **options)
+    with pytest.raises(InputError, match=r"input_ids is \(19,\)"):
+        model(tokens()[0])
     with pytest.raises(InputError, match="no tokens"):
         model(tokens()[:, :0])
     with pytest.raises(InputError, match="leave no state"):

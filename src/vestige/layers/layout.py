@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from itertools import pairwise
-from typing import Any
+from typing import Any, Self
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -48,6 +49,7 @@ class Layout:
         self.starts, self.cu_seqlens = starts, cu_seqlens
         self.mask, self.implementation, self.options = mask, implementation, options or {}
         self._angles: dict[tuple[int, float, torch.dtype], tuple[Tensor, Tensor]] = {}
+        self._elsewhere: dict[torch.device, Self] = {}
 
     @classmethod
     def of(
@@ -78,6 +80,24 @@ class Layout:
         layout = cls(positions, past=past, held=held, starts=starts, cu_seqlens=cu_seqlens)
         layout.mask = layout.causal_mask()
         return layout
+
+    def to(self, device: torch.device | str | int, non_blocking: bool = False) -> Self:
+        """The same on a device: what Accelerate asks for where a model's blocks stand on several."""
+        there = torch.empty(0, device=device).device  # a number, or a name without one, as a device
+        if there == self.positions.device:
+            return self
+        if there not in self._elsewhere:
+
+            def moved(part: Any) -> Any:
+                return part.to(there, non_blocking=non_blocking) if hasattr(part, "to") else part
+
+            twin = copy.copy(self)
+            twin._angles, twin._elsewhere = {}, {}
+            for name in ("positions", "valid", "held", "starts", "cu_seqlens", "mask"):
+                setattr(twin, name, moved(getattr(self, name)))
+            twin.options = {name: moved(part) for name, part in self.options.items()}
+            self._elsewhere[there] = twin
+        return self._elsewhere[there]
 
     @property
     def sequence(self) -> Int[Tensor, "batch length"] | None:

@@ -17,6 +17,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, Generation
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import can_return_tuple
 
 from vestige.errors import InputError, SpecError
 from vestige.layers.initialise import initialise_one
@@ -104,6 +106,7 @@ class VestigeModel(VestigePreTrainedModel):
         """An empty state."""
         return VestigeState(self.config, self.signature)
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Int[Tensor, "batch length"] | None = None,
@@ -125,14 +128,19 @@ class VestigeModel(VestigePreTrainedModel):
             past_key_values: what was held before; brought up to date.
             use_cache: whether to return a state; default: the config's, and not while training.
             cu_seqlens: where sequences that are packed into one row begin and end: 0, ends. Or ``cu_seq_lens_q``, as
-                transformers' collators name it, or ``position_ids`` that begin anew.
+                transformers' collators name it, or, for any number of rows, ``position_ids`` that begin anew.
             output_hidden_states: whether to return the stream before every block and at the end.
 
         Raises:
-            InputError: no tokens or both forms of them; a mask, boundaries or a state that do not fit.
+            InputError: no tokens or both forms of them; a mask, boundaries or a state that do not fit; attention
+                weights are asked for, which are not kept.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise InputError("give either input_ids or inputs_embeds")
+        if input_ids is not None and input_ids.dim() != 2:
+            raise InputError(f"input_ids is {tuple(input_ids.shape)}; (rows, tokens) is due")
+        if kwargs.get("output_attentions"):
+            raise InputError("output_attentions: a VestigeLM keeps no attention weights; most mixers have none")
         if past_key_values is not None:
             if not isinstance(past_key_values, VestigeState):
                 kind = type(past_key_values).__name__
@@ -189,7 +197,7 @@ class VestigeModel(VestigePreTrainedModel):
             position_ids = torch.arange(past, past + length, device=x.device).expand(batch, length)
             if held is not None:
                 position_ids = (held.cumsum(1) - 1).clamp_min(0)[:, -length:]
-        elif batch == 1 and held is None and state is None and length > 1:
+        elif held is None and state is None and length > 1:
             starts = _restarts(position_ids)
         position_ids = position_ids.expand(batch, length)
         mask = None
@@ -201,6 +209,9 @@ class VestigeModel(VestigePreTrainedModel):
                 past_key_values=state,
                 position_ids=position_ids,
             )
+        flash = {name: options[name] for name in _FLASH if options.get(name) is not None}
+        if self.attends and starts is not None and not flash and "flash" in self.config._attn_implementation:
+            flash = _told_flash(starts)
         return Layout(
             position_ids,
             past=past,
@@ -209,7 +220,7 @@ class VestigeModel(VestigePreTrainedModel):
             cu_seqlens=cu_seqlens,
             mask=mask,
             implementation=self.config._attn_implementation,
-            options={name: options[name] for name in _FLASH if options.get(name) is not None},
+            options=flash,
         )
 
 
@@ -226,11 +237,19 @@ def _padding(attention_mask: Tensor | None, batch: int, held: int) -> Bool[Tenso
     return None if not torch.compiler.is_compiling() and bool(real.all()) else real
 
 
-def _restarts(position_ids: Tensor) -> Bool[Tensor, "1 length"] | None:
-    """Where packed sequences begin, from positions that begin anew; ``None`` where there is one sequence only."""
+def _restarts(position_ids: Tensor) -> Bool[Tensor, "batch length"] | None:
+    """Where packed sequences begin, from positions that begin anew; ``None`` where every row is one sequence."""
     starts = torch.ones_like(position_ids, dtype=torch.bool)
     starts[:, 1:] = position_ids[:, 1:] != position_ids[:, :-1] + 1
-    return None if not torch.compiler.is_compiling() and int(starts.sum()) == 1 else starts
+    return None if not torch.compiler.is_compiling() and int(starts.sum()) == len(starts) else starts
+
+
+def _told_flash(starts: Bool[Tensor, "batch length"]) -> dict[str, Any]:
+    """Boundaries for attention implementations that are given no mask and read all rows as one."""
+    begins = starts.flatten().nonzero().flatten()
+    ends = nn.functional.pad(begins, (0, 1), value=starts.numel()).int()
+    longest = int(ends.diff().max())
+    return dict(zip(_FLASH, (ends, ends, longest, longest), strict=True))
 
 
 class VestigeLM(VestigePreTrainedModel, GenerationMixin):
@@ -261,6 +280,7 @@ class VestigeLM(VestigePreTrainedModel, GenerationMixin):
         self._replay = Replay() if on else None
         return self
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Int[Tensor, "batch length"] | None = None,
@@ -278,7 +298,12 @@ class VestigeLM(VestigePreTrainedModel, GenerationMixin):
         Args:
             labels: the tokens themselves (they are shifted here); -100 is left out of the loss.
             logits_to_keep: of how many of the last tokens logits are worked out, 0 for all; or which.
+
+        Raises:
+            InputError: as :meth:`VestigeModel.forward`; labels with logits of some tokens only.
         """
+        if labels is not None and (isinstance(logits_to_keep, Tensor) or logits_to_keep):
+            raise InputError("a loss needs the logits of all tokens; give labels without logits_to_keep")
         replay, state = self._replay, past_key_values
         stream = kwargs.get("output_hidden_states") or self.config.output_hidden_states
         plain = labels is None and use_cache is not False and not stream and input_ids is not None
@@ -294,7 +319,7 @@ class VestigeLM(VestigePreTrainedModel, GenerationMixin):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
-            **kwargs,
+            **{**kwargs, "return_dict": True},
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(read.last_hidden_state[:, kept])
@@ -322,3 +347,5 @@ class VestigeLM(VestigePreTrainedModel, GenerationMixin):
 AutoConfig.register(VestigeConfig.model_type, VestigeConfig)
 AutoModel.register(VestigeConfig, VestigeModel)
 AutoModelForCausalLM.register(VestigeConfig, VestigeLM)
+# With label smoothing the Trainer shifts the labels of models named here alone; others learn to repeat their input.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[VestigeConfig.model_type] = VestigeLM.__name__

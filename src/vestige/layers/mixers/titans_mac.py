@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Float
@@ -36,7 +36,7 @@ class _Segment:
         mask: ``(batch or 1, slots, 2 refresh)`` what a slot sees of what was recalled, and of the tokens.
         slow: the memory's weights of training.
         always: keys and values of the persistent tokens.
-        fresh: whether another text begins here.
+        fresh: whether another text begins here, or in which rows.
         begun: ``(batch, refresh)`` the slots that are new in a segment that was begun earlier.
     """
 
@@ -48,7 +48,7 @@ class _Segment:
     mask: Bool[Tensor, "rows slots held"]
     slow: Slow
     always: tuple[Tensor, Tensor] | None
-    fresh: bool
+    fresh: bool | Bool[Tensor, " batch"]
     begun: Bool[Tensor, "batch refresh"] | None
 
 
@@ -85,7 +85,7 @@ class TitansMACLayer(LearningLayer):
         )
         held, seen, read = [], [], []
         for n, segment in enumerate(self._segments(slots.lay(x), slots, memory)):
-            if segment.fresh:  # packed sequences stand in a row of their own
+            if segment.fresh is True:
                 memory = {}
             entries, y, found = self._read(segment, slots.one(n), memory)
             held.append(entries)
@@ -110,7 +110,7 @@ class TitansMACLayer(LearningLayer):
         q = (turned if always is None else torch.cat([turned, plain], -1)).split(width, 2)
         k, v = (t.split(width, 2) for t in self.attention.entries(x, everywhere))
         mask = (inside <= place[..., None]).repeat(1, 1, 2)
-        fresh = torch.stack(slots.fresh).all(1).tolist() if slots.fresh else [False] * count
+        fresh = _fresh(slots)
         for n in range(count):
             begun = None
             if n == 0 and (width < size or "keys" in memory):
@@ -121,7 +121,12 @@ class TitansMACLayer(LearningLayer):
         self, segment: _Segment, block: Blocks, memory: Memory
     ) -> tuple[dict[str, Tensor], Float[Tensor, "batch slots hidden"], Float[Tensor, "batch slots heads dim"]]:
         """Read one segment: its keys and values, what attention gave, and what the memory then answered."""
-        recalled = join_heads(recall(self.rule, segment.slow, segment.asked, memory))
+        found = recall(self.rule, segment.slow, segment.asked, memory)
+        if isinstance(segment.fresh, Tensor):
+            newborn = recall(self.rule, segment.slow, segment.asked, {})
+            found = torch.where(segment.fresh[:, None, None, None], newborn, found)
+            block = replace(block, fresh=[segment.fresh])
+        recalled = join_heads(found)
         entries = {}
         pairs = zip(self.attention.entries(recalled, segment.layout), (segment.k, segment.v), strict=True)
         for name, pair in zip(("keys", "values"), pairs, strict=True):
@@ -138,6 +143,15 @@ class TitansMACLayer(LearningLayer):
         valid = None if block.full[0] is True else block.real
         lesson = self.lesson(q, k, parts[2], y, valid)
         return entries, y, learn(self.rule, segment.slow, lesson, memory, blocks=block)
+
+
+def _fresh(slots: Blocks) -> list[bool | Tensor]:
+    """For each segment whether packed sequences begin in it: in all rows, in none, or in which."""
+    if not slots.fresh:
+        return [False] * slots.count
+    begins = torch.stack(slots.fresh)
+    told = torch.stack([begins.all(1), begins.any(1)], 1).tolist()
+    return [every if every or not some else rows for rows, (every, some) in zip(begins, told, strict=True)]
 
 
 def _newest(held: list[dict[str, Tensor]], slots: Blocks) -> dict[str, Tensor]:
