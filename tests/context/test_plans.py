@@ -168,14 +168,14 @@ def test_texts_that_cannot_be_written():
 
 
 def test_with_all_gates_open_nothing_is_lost(llama64):
-    from vestige.context.plan.distil import GatedAttention, _losses, _no_mask
+    from vestige.context.plan.distil import GatedAttention, _losses
     from vestige.core.patch import Patch
 
     anatomy, (sample,) = Anatomy.of(llama64), copies(range(3, 97), 40, 1)
     attention = GatedAttention(2, 3)
     losses = []
     with Patch(llama64, "test") as patch:
-        patch.attention("vestige-test-gates", attention, _no_mask)
+        patch.attention("vestige-test-gates", attention)
         for gate in (1.0, 0.5, 0.0):
             gates = torch.full((2, 3), gate, dtype=torch.float64)
             losses.append([part.item() for part in _losses(anatomy, attention, gates, sample)])

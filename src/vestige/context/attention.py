@@ -21,7 +21,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from vestige.context.ragged import RaggedLayer
 from vestige.context.ragged_attention import StandIn, attend_ragged
 from vestige.errors import UnsupportedModelError
-from vestige.layers.ops.attention_mass import attention_mass, grouped, visible, within
+from vestige.layers.ops.attention_mass import attention_mass, capped, grouped, visible, within
 
 if TYPE_CHECKING:
     from vestige.context.layer import KeptLayer, Step
@@ -208,9 +208,8 @@ class Reading:
     def weights(self, look: Look) -> Float[Tensor, "batch kv group count entries"]:
         """Attention weights, float32 (float64 for float64 input); zero where a query may see nothing."""
         products = [_products(query, keys) for query, keys in self.parts]
-        logits = (products[0] if len(products) == 1 else torch.cat(products, dim=-1)) * look.scaling
-        if look.softcap is not None:
-            logits = look.softcap * torch.tanh(logits / look.softcap)
+        logits = products[0] if len(products) == 1 else torch.cat(products, dim=-1)
+        logits = capped(logits * look.scaling, look.softcap)
         if self.valid is not None:
             valid = self.valid[:, :, None] if self.valid.dim() == 4 else self.valid[:, :, None, None]
             logits = logits.masked_fill(~valid, float("-inf"))

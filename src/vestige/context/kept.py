@@ -21,7 +21,7 @@ from vestige.context.slots import GraphedForward
 from vestige.core.anatomy import Anatomy
 from vestige.core.own_attention import OwnAttention
 from vestige.core.patch import Patch
-from vestige.errors import InputError, PatchError, UnsupportedModelError
+from vestige.errors import InputError, PatchError
 
 __all__ = ["Kept"]
 
@@ -39,10 +39,8 @@ class Kept:
         self, model: nn.Module, policy: CachePolicy, *, graph: bool | None = None, compile: bool = False
     ) -> None:
         anatomy = Anatomy.of(model)
-        if not anatomy.causal:
-            raise UnsupportedModelError(
-                f"{policy.name} needs a causal decoder with a cache; {anatomy.architecture} is none"
-            )
+        owner = getattr(policy, "name", type(policy).__name__)  # Together has no name of its own
+        anatomy.need_causal(owner)
         policy = policy.on(anatomy)
         policy.check_model(anatomy)
         self.policy, self.anatomy = policy, anatomy
@@ -53,7 +51,6 @@ class Kept:
         self._again = 0  # tokens that are read once more before those that come
         self._watchers: list[Callable[..., None]] = []
         self._own = OwnAttention(anatomy.config._attn_implementation)
-        owner = getattr(policy, "name", type(policy).__name__)  # Together has no name of its own
         self._patch = Patch(model, owner, claims={"kv-cache"})
         self._patch.attention(ATTENTION, _attention, _mask, part=anatomy.base)
         self._patch.hook(anatomy.base, self._before, kind="forward_pre", with_kwargs=True)

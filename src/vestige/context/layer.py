@@ -360,15 +360,20 @@ class KeptLayer(CacheLayerMixin):
         """All that the layer holds, by name, of which the first word is the part that it belongs to."""
         if not self.is_initialized:
             return {}
-        held = {"keys": self.keys, "values": self.values}
-        if self.positions is not None:
-            held["positions"] = self.positions
-        return held | self.state | self.aside
+        positions = {} if self.positions is None else {"positions": self.positions}
+        return self._stored() | positions | self.state | self.aside
+
+    def _stored(self) -> dict[str, Tensor]:
+        """What the keys and values lie in."""
+        return {"keys": self.keys, "values": self.values}
+
+    def _rewrite_stored(self, change: Any) -> None:
+        self.keys, self.values, self._room = change(self.keys), change(self.values), {}
 
     def _rewrite(self, change: Any) -> None:
         if not self.is_initialized:
             return
-        self.keys, self.values, self._room = change(self.keys), change(self.values), {}
+        self._rewrite_stored(change)
         if self.positions is not None:
             self.positions = change(self.positions)
         self.state = {name: change(tensor) for name, tensor in self.state.items()}

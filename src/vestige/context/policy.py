@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from vestige.context.kept import Kept
     from vestige.context.slots import TurnedKeys
 
-__all__ = ["AttentionMass", "CachePolicy", "Evict", "Ranking"]
+__all__ = ["AttentionMass", "CachePolicy", "Evict", "Ranking", "check_shares"]
 
 
 class CachePolicy(Method):
@@ -212,14 +212,7 @@ class Evict(Ranking):
     decode_rank: ClassVar[Literal["mass", "position", "none"]] = "none"
 
     def check(self) -> None:
-        if isinstance(self.budget, float) and self.budget > 1:
-            raise SpecError(
-                f"{self.name}: parameter 'budget' is {self.budget!r}; a share is at most 1.0 (tokens are an int)"
-            )
-        if isinstance(self.recent, float) and self.recent > 1:
-            raise SpecError(
-                f"{self.name}: parameter 'recent' is {self.recent!r}; a share is at most 1.0 (tokens are an int)"
-            )
+        check_shares(self, "budget", "recent")
         if isinstance(self.budget, int):
             fixed = self.recent if isinstance(self.recent, int) else 0
             if self.budget < self.sinks + fixed:
@@ -284,3 +277,13 @@ class AttentionMass(Evict):
         received = share.sum(dim=2)
         mass = entries.state.get("mass")
         entries.state["mass"] = received if mass is None else mass.mul_(self.carry(1)).add_(received)
+
+
+def check_shares(policy: CachePolicy, *names: str) -> None:
+    """Raise :class:`SpecError` for a parameter, in tokens or as a share, that is a share of more than one."""
+    for name in names:
+        value = getattr(policy, name)
+        if isinstance(value, float) and value > 1:
+            raise SpecError(
+                f"{policy.name}: parameter {name!r} is {value!r}; a share is at most 1.0 (tokens are an int)"
+            )

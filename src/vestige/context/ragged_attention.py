@@ -12,6 +12,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from vestige.context.layer import KeptLayer, Step
 from vestige.context.ragged import RaggedLayer
+from vestige.layers.ops.attention_mass import capped
 
 if TYPE_CHECKING:
     from vestige.context.attention import Look
@@ -135,9 +136,7 @@ def _attend_group(
         )
         return output.squeeze(1), None
     exact = torch.promote_types(query.dtype, torch.float32)
-    logits = ((query @ keys.transpose(1, 2)) * look.scaling).to(exact)
-    if look.softcap is not None:
-        logits = look.softcap * torch.tanh(logits / look.softcap)
+    logits = capped(((query @ keys.transpose(1, 2)) * look.scaling).to(exact), look.softcap)
     if mask is not None:
         logits = logits.masked_fill(~mask[:, None], float("-inf"))
     if stand_in is None:

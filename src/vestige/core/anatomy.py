@@ -310,6 +310,15 @@ class Anatomy:
             raise SpecError(f"parameter 'dtype' is {dtype!r}; allowed: a torch dtype such as 'bfloat16'")
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim * stored.itemsize if self.causal else 0
 
+    def need_causal(self, who: str) -> None:
+        """Raise an error in the name of ``who`` asks, unless the model is a causal decoder.
+
+        Raises:
+            UnsupportedModelError: the model is no causal decoder.
+        """
+        if not self.causal:
+            raise UnsupportedModelError(f"{who} needs a causal decoder; {self.architecture} is none")
+
     def parameter_count(self) -> int:
         """Parameters of the whole model, each once however often it is tied."""
         return self.model.num_parameters()

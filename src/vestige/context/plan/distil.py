@@ -18,7 +18,8 @@ from vestige.context.plan.passkeys import Sample, check_samples, pass_keys
 from vestige.context.plan.windows import fingerprint, save_plan, table
 from vestige.core.anatomy import Anatomy
 from vestige.core.patch import Patch
-from vestige.errors import InputError, SpecError, UnsupportedModelError
+from vestige.errors import InputError, SpecError
+from vestige.layers.ops.attention_mass import capped
 
 if TYPE_CHECKING:
     from vestige.context.plan.duo_attention import DuoAttention
@@ -74,8 +75,7 @@ def learn_gates(
         UnsupportedModelError: the model is no causal decoder that Vestige knows.
     """
     anatomy = Anatomy.of(model)
-    if not anatomy.causal:
-        raise UnsupportedModelError(f"{method.name} needs a causal decoder; {anatomy.architecture} is none")
+    anatomy.need_causal(method.name)
     for name, value, allowed in (
         ("steps", steps, steps >= 1),
         ("learning_rate", learning_rate, learning_rate > 0),
@@ -111,7 +111,7 @@ def learn_gates(
     attention = GatedAttention(method.sinks, method.recent)
     with Patch(model, f"{method.name} fit", claims={"kv-cache"}) as patch:
         hold_still(patch, anatomy)
-        patch.attention("vestige-gated", attention, _no_mask, part=anatomy.base)
+        patch.attention("vestige-gated", attention, part=anatomy.base)
         for step in range(done, steps):
             sample = samples[step % len(samples)]
             loss, kept = _losses(anatomy, attention, gates, sample)
@@ -185,12 +185,7 @@ def _attend(
     if softcap is None:
         return scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
     logits = (query @ key.transpose(-1, -2)) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
-    logits = (softcap * torch.tanh(logits / softcap)).masked_fill(~mask, float("-inf"))
-    return torch.softmax(logits, dim=-1) @ value
-
-
-def _no_mask(*args: Any, **kwargs: Any) -> None:
-    return None
+    return torch.softmax(capped(logits, softcap).masked_fill(~mask, float("-inf")), dim=-1) @ value
 
 
 def hold_still(patch: Patch, anatomy: Anatomy) -> None:

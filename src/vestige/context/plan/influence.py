@@ -46,7 +46,7 @@ def influence(
     recording = _Recording(anatomy, len(samples[0].ids), sinks, device)
     with Patch(model, owner, claims={"kv-cache"}) as patch:
         hold_still(patch, anatomy)
-        patch.attention("vestige-influence", recording, _no_mask, part=anatomy.base)
+        patch.attention("vestige-influence", recording, part=anatomy.base)
         for sample in samples:
             ids, counts = sample.tensors(device)
             states = anatomy.embedding(ids).detach().requires_grad_()
@@ -119,7 +119,3 @@ def along_distances(
     together = each.unflatten(0, (kv_heads, -1)).sum(dim=1).abs_()
     age = (rows[:, None] - torch.arange(share.shape[2], device=rows.device)).clamp_min(0)
     return together.new_zeros(kv_heads, share.shape[2]).index_add_(1, age.flatten(), together.flatten(1))
-
-
-def _no_mask(*args: Any, **kwargs: Any) -> None:
-    return None

@@ -12,7 +12,8 @@ from vestige.context.plan.distil import hold_still
 from vestige.context.plan.windows import fingerprint, table
 from vestige.core.anatomy import Anatomy
 from vestige.core.patch import Patch
-from vestige.errors import InputError, SpecError, UnsupportedModelError
+from vestige.errors import InputError, SpecError
+from vestige.layers.ops.attention_mass import capped
 
 if TYPE_CHECKING:
     from vestige.context.plan.razor_attention import RazorAttention
@@ -54,8 +55,7 @@ def find_heads(
         UnsupportedModelError: the model is no causal decoder that Vestige knows.
     """
     anatomy = Anatomy.of(model)
-    if not anatomy.causal:
-        raise UnsupportedModelError(f"{method.name} needs a causal decoder; {anatomy.architecture} is none")
+    anatomy.need_causal(method.name)
     if repeats < 2 or texts < 1:
         raise SpecError(f"{method.name}: 'repeats' is {repeats!r}, 'texts' is {texts!r}; allowed: >= 2 and >= 1")
     if period is None:
@@ -72,7 +72,7 @@ def find_heads(
     device = next(anatomy.base.parameters()).device
     with Patch(model, f"{method.name} fit", claims={"kv-cache"}) as patch:
         hold_still(patch, anatomy)
-        patch.attention("vestige-repeats", looking, _no_mask, part=anatomy.base)
+        patch.attention("vestige-repeats", looking, part=anatomy.base)
         for text in range(texts):
             drawn = words[torch.randint(len(words), (period,), generator=draw)]
             ids = torch.cat([torch.tensor(start, dtype=torch.long), drawn.repeat(repeats)])
@@ -112,9 +112,7 @@ class _Looking:
         outputs, echo, induction = [], 0.0, 0.0
         block = max(1, BLOCK_BYTES // (4 * heads * count))
         for rows in place.split(block):
-            logits = (query[0, :, rows] @ keys.transpose(1, 2)).to(self.echo.dtype) * scaling
-            if softcap is not None:
-                logits = softcap * torch.tanh(logits / softcap)
+            logits = capped((query[0, :, rows] @ keys.transpose(1, 2)).to(self.echo.dtype) * scaling, softcap)
             age = rows[:, None] - place
             unseen = (age < 0) if sliding_window is None else (age < 0) | (age >= sliding_window)
             share = logits.masked_fill_(unseen, float("-inf")).softmax(dim=-1)
@@ -151,7 +149,3 @@ def _vocabulary(anatomy: Anatomy, tokenizer: Any) -> tuple[Tensor, list[int]]:
     size = anatomy.vocab_size or 0
     words = torch.tensor([token for token in range(size) if token not in special])
     return words, [] if first is None else [first]
-
-
-def _no_mask(*args: Any, **kwargs: Any) -> None:
-    return None

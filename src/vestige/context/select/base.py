@@ -16,9 +16,8 @@ from torch import Tensor
 from vestige.context.attention import Look, Reading, readable
 from vestige.context.cache import budget_tokens
 from vestige.context.layer import KeptLayer, Step, all_at_slots, at_slots, per_row
-from vestige.context.policy import CachePolicy
+from vestige.context.policy import CachePolicy, check_shares
 from vestige.core.method import param
-from vestige.errors import SpecError
 
 __all__ = ["Picked", "Select", "last_row", "strongest"]
 
@@ -31,10 +30,7 @@ class Select(CachePolicy):
     )
 
     def check(self) -> None:
-        if isinstance(self.budget, float) and self.budget > 1:
-            raise SpecError(
-                f"{self.name}: parameter 'budget' is {self.budget!r}; a share is at most 1.0 (tokens are an int)"
-            )
+        check_shares(self, "budget")
 
     def lossless(self, tokens: int) -> CachePolicy:
         return self.replace(budget=tokens)

@@ -17,7 +17,7 @@ from vestige.context.select.base import Select
 from vestige.core.anatomy import Anatomy
 from vestige.core.method import Paper, Verdict, param
 from vestige.errors import SpecError
-from vestige.layers.ops.attention_mass import grouped
+from vestige.layers.ops.attention_mass import capped, grouped
 
 __all__ = ["LongHeads"]
 
@@ -162,9 +162,8 @@ class LongHeads(Select):
         pair = tiles.pair[:, :, start * tiles.width : end * tiles.width]
         positions = tiles.chunk[:, :, start:end, None] * self.chunk + at.inside
         keys, values = text.entries_at(positions)
-        logits = at_slots(rows, pair).view(batch, kv_heads, count, -1, dim) @ keys.mT
-        if text.look.softcap is not None:
-            logits = text.look.softcap * torch.tanh(logits / text.look.softcap)
+        products = at_slots(rows, pair).view(batch, kv_heads, count, -1, dim) @ keys.mT
+        logits = capped(products, text.look.softcap)
         if end > tiles.open:
             asked = at.asked[:, None].expand(-1, kv_heads, -1).gather(2, pair // tiles.chunks)
             later = positions[:, :, :, None] > asked.view(batch, kv_heads, count, -1, 1)
@@ -204,9 +203,7 @@ class LongHeads(Select):
         keys, values = all_runs((entries.keys, entries.values), first, length, here.begins)
         products = torch.bmm(rows.flatten(0, 1).to(dtype), keys.view(heads * chunks, length, -1).mT)
         logits = products.unflatten(0, (heads, chunks)).transpose(1, 2).flatten(2)[:, :, here.earlier :]
-        if look.softcap is not None:
-            logits = look.softcap * torch.tanh(logits / look.softcap)
-        share = logits.softmax(dim=2, dtype=here.exact).to(dtype)
+        share = capped(logits, look.softcap).softmax(dim=2, dtype=here.exact).to(dtype)
         output = torch.bmm(share, values.flatten(0, 1)[:, here.earlier :])
         return output.view(batch, 1, -1, values.shape[3])
 

@@ -15,7 +15,7 @@ from vestige.context.policy import CachePolicy
 from vestige.core.anatomy import Anatomy
 from vestige.core.method import Paper, Verdict, param
 from vestige.errors import SpecError
-from vestige.layers.ops.attention_mass import visible, within
+from vestige.layers.ops.attention_mass import capped, visible, within
 
 if TYPE_CHECKING:
     from vestige.context.steer.questions import Question
@@ -248,7 +248,7 @@ class _View:
         """Attention weights on some entries, ``(batch, heads, count, sinks)``, and their values."""
         index = slots.clamp_min(0)[..., None]
         keys, values = (part.gather(2, index.expand(-1, -1, -1, part.shape[3])) for part in (self.keys, self.values))
-        logits = self._capped(self.query @ keys.transpose(-1, -2))
+        logits = capped(self.query @ keys.transpose(-1, -2), self.look.softcap)
         asked = torch.arange(self.keys.shape[2] - self.query.shape[2], self.keys.shape[2], device=slots.device)
         seen: Bool[Tensor, "batch heads count sinks"] = (slots[:, :, None] <= asked[:, None]) & (slots >= 0)[:, :, None]
         if self.look.window is not None:
@@ -266,18 +266,14 @@ class _View:
         for first in range(0, count, block):
             last = min(first + block, count)
             shown = entries - count + last
-            logits = self._capped(self.query[:, :, first:last] @ self.keys[:, :, :shown].transpose(-1, -2))
+            logits = self.query[:, :, first:last] @ self.keys[:, :, :shown].transpose(-1, -2)
             seen = visible(first, last, count, entries, logits.device)[None, None]
             if self.look.window is not None:
                 assert self.places is not None
                 seen = seen & within(self.places, first, last, count, self.look.window)
             if self.valid is not None:
                 seen = seen & self.valid[:, :, None, :shown]
-            yield first, last, logits.masked_fill(~seen, float("-inf"))
-
-    def _capped(self, logits: Tensor) -> Tensor:
-        softcap = self.look.softcap
-        return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+            yield first, last, capped(logits, self.look.softcap).masked_fill(~seen, float("-inf"))
 
 
 def _sizes(anatomy: Anatomy) -> str:

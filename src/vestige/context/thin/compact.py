@@ -328,26 +328,15 @@ class CompactLayer(KeptLayer):
         self.old, self.old_slots, self._whole, self._oldest = {}, 0, None, None
         self.state = {name: tensor.gather(2, slots) for name, tensor in self.state.items()}
 
-    def tensors(self) -> dict[str, Tensor]:
-        if not self.is_initialized:
-            return {}
-        held = dict(self.old) | {"keys window": self.window_keys, "values window": self.window_values}
-        if self.positions is not None:
-            held["positions"] = self.positions
-        return held | self.state | self.aside
+    def _stored(self) -> dict[str, Tensor]:
+        return self.old | {"keys window": self.window_keys, "values window": self.window_values}
 
     def shares(self, other: KeptLayer) -> bool:
         return self.window_keys is getattr(other, "window_keys", None)
 
-    def _rewrite(self, change: Any) -> None:
-        if not self.is_initialized:
-            return
+    def _rewrite_stored(self, change: Any) -> None:
         self.old = {name: change(tensor) for name, tensor in self.form.items()}
         self.window_keys, self.window_values = change(self.window_keys), change(self.window_values)
-        if self.positions is not None:
-            self.positions = change(self.positions)
-        self.state = {name: change(tensor) for name, tensor in self.state.items()}
-        self.aside = {name: change(tensor) for name, tensor in self.aside.items()}
 
     def reset(self) -> None:
         super().reset()

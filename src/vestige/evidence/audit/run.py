@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vestige.core.anatomy import Anatomy
-from vestige.errors import SpecError, UnsupportedModelError
+from vestige.errors import SpecError
 from vestige.evidence.audit.plan import AuditPlan
 from vestige.evidence.budgets import at, label
 from vestige.evidence.engine.bench import given, now, time_policy
@@ -40,8 +40,7 @@ class Auditor:
     ) -> None:
         self.name, self.model, self.tokenizer, self.progress = name, model, tokenizer, progress
         self.anatomy = Anatomy.of(model)
-        if not self.anatomy.causal:
-            raise UnsupportedModelError(f"the audit needs a causal decoder; {self.anatomy.architecture} is none")
+        self.anatomy.need_causal("the audit")
         self.plan = plan = plan.on(self.anatomy)
         self.prompts = [needle.build(tokenizer) for needle in plan.needles()]
         longest = max(len(prompt.input_ids) + len(prompt.answer_ids) for prompt in self.prompts)

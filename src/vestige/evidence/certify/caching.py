@@ -259,11 +259,8 @@ def reference_run(
         output = trace.output[:, -query.shape[2] :].transpose(0, 1)[None]
         return output.to(query).contiguous(), None
 
-    def no_mask(*args: Any, **kwargs: Any) -> None:
-        return None
-
     with Patch(model, "reference") as patch:
-        patch.attention("vestige-reference", attention, no_mask)
+        patch.attention("vestige-reference", attention)
         run = feed(model, tokens, chunks, DynamicCache())
     return replace(run, kept=tuple(tuple(step[layer] for layer in sorted(step)) for step in kept))
 

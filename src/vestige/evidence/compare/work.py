@@ -14,7 +14,7 @@ from vestige.context.cache import budget_tokens
 from vestige.context.policy import CachePolicy
 from vestige.core.anatomy import Anatomy
 from vestige.core.patch import Patch
-from vestige.errors import InputError, SpecError, UnsupportedModelError
+from vestige.errors import InputError, SpecError
 from vestige.evidence.amounts import Amount
 from vestige.evidence.budgets import at, evicts
 from vestige.evidence.compare.context import ContextCell, ContextJob, Facts, Way
@@ -49,8 +49,7 @@ class Worker:
         """
         network, _ = self._model(model, dtype, device)
         anatomy = Anatomy.of(network)
-        if not anatomy.causal:
-            raise UnsupportedModelError(f"a comparison needs a causal decoder; {anatomy.architecture} is none")
+        anatomy.need_causal("a comparison")
         ids = self._text(network, min(PROBE, anatomy.max_positions))
         with torch.inference_mode():
             for _ in range(2):  # the first pass of a process is slower than the rest

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-__all__ = ["attention_mass", "grouped", "visible", "within"]
+__all__ = ["attention_mass", "capped", "grouped", "visible", "within"]
 
 BLOCK_BYTES = 8 * 2**20  # one block of float32 probabilities: small enough for a processor cache
 
@@ -25,6 +25,11 @@ def grouped(
     """View the query heads by the key-value head that they share."""
     batch, heads, length, dim = query.shape
     return query.view(batch, kv_heads, heads // kv_heads, length, dim)
+
+
+def capped(logits: Tensor, softcap: float | None) -> Tensor:
+    """Logits that stay within ``softcap``, as Gemma 2 has them; as they are without one."""
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
 def visible(first: int, last: int, length: int, entries: int, device: torch.device) -> Bool[Tensor, "queries keys"]:
@@ -92,9 +97,7 @@ def attention_mass(
         last = min(first + block, length)
         shown = entries - length + last
         rows = grouped(query[:, :, first:last], kv_heads).to(exact).flatten(2, 3) * scaling
-        logits = rows @ keys_t[..., :shown]
-        if softcap is not None:
-            logits = softcap * torch.tanh(logits / softcap)
+        logits = capped(rows @ keys_t[..., :shown], softcap)
         by_head = logits.view(batch, kv_heads, group, last - first, shown)
         if window is not None:
             assert positions is not None
