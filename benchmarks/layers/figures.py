@@ -33,6 +33,7 @@ COLOURS = {
     "local-linear-attention": "#b45309",
     "sliding-window": "#ca8a04",
     "based": "#ea580c",
+    "based+sliding-window": "#475569",
     "lizard": "#db2777",
     "linear-attention": "#65a30d",
     "gla": "#0891b2",
@@ -152,7 +153,8 @@ def recall_figure(rows: list[dict[str, Any]]) -> str:
     curves: dict[str, list[Point]] = defaultdict(list)
     for (mixer, _), seen in cells.items():
         found = [row["accuracy"] for row in seen]
-        curves[base(mixer)].append((mean(row["state_bytes"] for row in seen), mean(found), min(found), max(found)))
+        name = base(mixer) if len(seen[0]["mixers"]) == 1 else "+".join(seen[0]["mixers"])
+        curves[name].append((mean(row["state_bytes"] for row in seen), mean(found), min(found), max(found)))
     held = [point[0] for points in curves.values() for point in points]
     ticks = powers(min(held), max(held), 4)
     panel = Panel(50, (ticks[0], ticks[-1]), (0.0, 1.02), log=False)
