@@ -277,13 +277,14 @@ def _parse_text(text: str) -> Any:
 
 
 def _not_wanted(found: type[Spec], wanted: type[Spec]) -> str:
-    return f"{_label(found)!r} is a {_family(found)}, where a {wanted.__name__} is wanted"
+    return f"{_label(found)!r} is a {_family(found, wanted)}, where a {wanted.__name__} is wanted"
 
 
-def _family(cls: type[Spec]) -> str:
-    """The nearest base below the root of the kind; the root itself where there is none."""
+def _family(cls: type[Spec], wanted: type[Spec]) -> str:
+    """The outermost base that a class does not share with the one wanted; where it shares all, the nearest one."""
     bases = [base for base in cls.__mro__[1:] if base is not Spec and issubclass(base, Spec)]
-    return bases[0].__name__ if bases else cls.__name__
+    apart = [base for base in bases if not issubclass(wanted, base)]
+    return (apart or bases[:1] or [cls])[-1].__name__
 
 
 def _type_name(hint: Any) -> str:

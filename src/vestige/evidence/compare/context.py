@@ -16,7 +16,7 @@ from vestige.core.method import Method
 from vestige.errors import ModelError, SpecError
 from vestige.evidence.amounts import Amount, Unit
 from vestige.evidence.budgets import at, evicts, label
-from vestige.evidence.compare.plan import Ask, Cell
+from vestige.evidence.compare.plan import Ask, Cell, Job
 from vestige.evidence.compare.spec import Comparison, Lines, PlacedError
 from vestige.evidence.engine.bench import load_pair
 from vestige.evidence.engine.reading import reading_groups
@@ -217,16 +217,10 @@ class ContextCell(Cell):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ContextJob:
-    """Cells of one model, task and seed, whose methods read the context together.
-
-    Attributes:
-        cells: with one task, model, seed and way.
-        seconds: about, that they take.
-    """
+class ContextJob(Job):
+    """Cells, all with one way, whose methods read the context together."""
 
     cells: tuple[ContextCell, ...]
-    seconds: float = 0.0
 
     @property
     def way(self) -> Way:
@@ -240,13 +234,6 @@ class ContextJob:
         timed = task.length + DECODED_TOKEN * self.way.timed if self.way.timed else 0
         asked = QUESTION_TOKENS * self.way.examples + timed
         return float(task.length * self.way.examples + len(self.cells) * asked)
-
-    @property
-    def says(self) -> str:
-        """What is done, for the progress bar."""
-        cell, methods = self.cells[0], {cell.method.name for cell in self.cells}
-        who = next(iter(methods)) if len(methods) == 1 else f"{len(methods)} methods"
-        return f"{cell.task.name}, seed {cell.seed}, {who}"
 
 
 class ContextPlan:

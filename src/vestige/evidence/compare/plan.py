@@ -91,6 +91,26 @@ class Cell:
         return replace(self, given=dict(given))
 
 
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """Cells that are measured together.
+
+    Attributes:
+        cells: at least one, with one task, model and seed.
+        seconds: about, that they take.
+    """
+
+    cells: tuple[Any, ...]
+    seconds: float = 0.0
+
+    @property
+    def says(self) -> str:
+        """What is done, for the progress bar."""
+        cell, methods = self.cells[0], {cell.method.name for cell in self.cells}
+        who = next(iter(methods)) if len(methods) == 1 else f"{len(methods)} methods"
+        return f"{cell.task.name}, seed {cell.seed}, {who}"
+
+
 class Trainer:
     """A worker that trains models of its own."""
 
@@ -107,6 +127,20 @@ class Trainer:
         assert place is not None
         return {"vestige": vestige.__version__, "device": device_name(place)}
 
+    def run(self, job: Job) -> list[dict[str, Any]]:
+        """The rows of a job's cells. One that fails has a row with its error, and the others are measured."""
+        rows = []
+        for cell in job.cells:
+            try:
+                rows.append(self._measure(cell))
+            except Exception as error:
+                rows.append(cell.failed(error))
+        return rows
+
+    def _measure(self, cell: Any) -> dict[str, Any]:
+        """The row of a cell."""
+        raise NotImplementedError
+
 
 def scored(task: Task, score: TaskScore) -> dict[str, Any]:
     """What a row says of its examples."""
@@ -117,25 +151,6 @@ def scored(task: Task, score: TaskScore) -> dict[str, Any]:
         "ceiling": task.ceiling,
         "values": list(score.values),
     }
-
-
-class Job(Protocol):
-    """Cells that are measured together.
-
-    Attributes:
-        cells: there is at least one.
-        seconds: about, that they take.
-    """
-
-    @property
-    def cells(self) -> tuple[Cell, ...]: ...
-
-    @property
-    def seconds(self) -> float: ...
-
-    @property
-    def says(self) -> str:
-        """What is done, for the progress bar."""
 
 
 class Plan(Protocol):

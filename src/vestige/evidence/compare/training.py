@@ -14,7 +14,7 @@ import torch
 
 from vestige.errors import SpecError
 from vestige.evidence.budgets import label
-from vestige.evidence.compare.plan import Ask, Cell, Trainer, scored
+from vestige.evidence.compare.plan import Ask, Cell, Job, Trainer, scored
 from vestige.evidence.compare.spec import Comparison, Lines, PlacedError
 from vestige.evidence.descent import descend
 from vestige.evidence.engine.bench import now
@@ -25,7 +25,7 @@ from vestige.layers.mixers.base import Mixer
 from vestige.models.config import VestigeConfig
 from vestige.models.hub import find_device
 
-__all__ = ["Lesson", "Sizes", "TrainingCell", "TrainingComparison", "TrainingJob", "TrainingWorker"]
+__all__ = ["Lesson", "Sizes", "TrainingCell", "TrainingComparison", "TrainingWorker"]
 
 PROBED = 4  # steps by which the time of all is estimated, the first of them not counted
 CHANNEL = "swiglu"
@@ -151,7 +151,7 @@ class TrainingComparison(Comparison):
             given=told["given"],
             key=key,
         )
-        return TrainingWorker().run(TrainingJob(cell=cell))[0]
+        return TrainingWorker().run(Job(cells=(cell,)))[0]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,29 +183,6 @@ class TrainingCell(Cell):
         return {"sizes": self.sizes.told(), "lesson": lesson, "batch": self.batch, "device": self.device}
 
 
-@dataclass(frozen=True, kw_only=True)
-class TrainingJob:
-    """One model to be trained.
-
-    Attributes:
-        cell: what it is trained for.
-        seconds: about, that it takes.
-    """
-
-    cell: TrainingCell
-    seconds: float = 0.0
-
-    @property
-    def cells(self) -> tuple[TrainingCell, ...]:
-        """The one cell."""
-        return (self.cell,)
-
-    @property
-    def says(self) -> str:
-        """What is done, for the progress bar."""
-        return f"{self.cell.task.name}, seed {self.cell.seed}, {self.cell.method.name}"
-
-
 class TrainingPlan:
     """Cells model by model, task by task, seed by seed, each a job of its own."""
 
@@ -219,14 +196,14 @@ class TrainingPlan:
             for sizes, task, mixer, seed in chosen.each()
         ]
 
-    def jobs(self, missing: Iterable[TrainingCell]) -> list[TrainingJob]:
+    def jobs(self, missing: Iterable[TrainingCell]) -> list[Job]:
         """A job for each cell. How long it takes is seen on a few steps, once for all seeds."""
 
         @functools.cache
         def seconds(alike: TrainingCell) -> float:
             return float(self.ask("seconds", alike))
 
-        return [TrainingJob(cell=cell, seconds=seconds(replace(cell, seed=0))) for cell in missing]
+        return [Job(cells=(cell,), seconds=seconds(replace(cell, seed=0))) for cell in missing]
 
 
 class TrainingWorker(Trainer):
@@ -241,13 +218,6 @@ class TrainingWorker(Trainer):
         except Exception:
             return 0.0
         return (ends[-1] - ends[0]) / (PROBED - 1) * cell.lesson.steps
-
-    def run(self, job: TrainingJob) -> list[dict[str, Any]]:
-        """The row of a job's cell; of one that fails, with its error."""
-        try:
-            return [self._measure(job.cell)]
-        except Exception as error:
-            return [job.cell.failed(error)]
 
     def _measure(self, cell: TrainingCell) -> dict[str, Any]:
         began = time.perf_counter()

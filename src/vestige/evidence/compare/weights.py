@@ -16,7 +16,7 @@ import torch
 
 from vestige.core.method import Method
 from vestige.errors import SpecError, VestigeError
-from vestige.evidence.compare.plan import Ask, Cell, Trainer, scored
+from vestige.evidence.compare.plan import Ask, Cell, Job, Trainer, scored
 from vestige.evidence.compare.spec import Comparison, Lines, PlacedError
 from vestige.evidence.engine.record import cell_key
 from vestige.evidence.runs.models import build, teach, tokenizer_of
@@ -35,7 +35,7 @@ from vestige.weights.erase.losses import row_accuracy
 from vestige.weights.erase.retrain import Retrain
 from vestige.weights.retain import ContinualTrainer, Learner
 
-__all__ = ["ErasureComparison", "StreamComparison", "WeightsCell", "WeightsJob"]
+__all__ = ["ErasureComparison", "StreamComparison", "WeightsCell"]
 
 PROBED = 64  # rows by which the time of all is estimated
 
@@ -58,7 +58,7 @@ class WeightsComparison(Comparison):
         parts: dict[str, Any] = {"start": Model(**told["start"]), "learn": Learning(**told["learn"])}
         same: dict[str, Any] = {name: told[name] for name in ("model", "seed", "device", "given")}
         cell = WeightsCell(task=task, method=method, key=key, **parts, **same)
-        return cls.works().run(WeightsJob(cells=(cell,)))[0]
+        return cls.works().run(Job(cells=(cell,)))[0]
 
     def worker(self) -> Callable[[], Any]:
         return self.works
@@ -138,28 +138,9 @@ class WeightsCell(Cell):
         return {"start": self.start.model_dump(), "learn": self.learn.model_dump(), "device": self.device}
 
 
-@dataclass(frozen=True, kw_only=True)
-class WeightsJob:
-    """A learner; or all erasers of a model, which is taught once for them.
-
-    Attributes:
-        cells: with one task, model and seed.
-        seconds: about, that they take.
-    """
-
-    cells: tuple[WeightsCell, ...]
-    seconds: float = 0.0
-
-    @property
-    def says(self) -> str:
-        """What is done, for the progress bar."""
-        cell, methods = self.cells[0], {cell.method.name for cell in self.cells}
-        who = next(iter(methods)) if len(methods) == 1 else f"{len(methods)} methods"
-        return f"{cell.task.name}, seed {cell.seed}, {who}"
-
-
 class WeightsPlan:
-    """Cells model by model, task by task, seed by seed."""
+    """Cells model by model, task by task, seed by seed; a job is a learner, or all erasers of a model, which is taught
+    once for them."""
 
     def __init__(self, chosen: WeightsComparison, ask: Ask) -> None:
         self.chosen, self.ask = chosen, ask
@@ -170,7 +151,7 @@ class WeightsPlan:
             for start, task, method, seed in chosen.each()
         ]
 
-    def jobs(self, missing: Iterable[WeightsCell]) -> list[WeightsJob]:
+    def jobs(self, missing: Iterable[WeightsCell]) -> list[Job]:
         """The cells in jobs. How long they take is seen on a few rows, once for each task and model."""
         together: dict[Any, list[WeightsCell]] = {}
         for cell in missing:
@@ -181,7 +162,7 @@ class WeightsPlan:
         def seconds(model: str, task: WeightsTask) -> float:
             return float(self.ask("seconds", next(c for c in self.cells if (c.model, c.task) == (model, task))))
 
-        jobs = [WeightsJob(cells=tuple(cells)) for cells in together.values()]
+        jobs = [Job(cells=tuple(cells)) for cells in together.values()]
         return [replace(job, seconds=seconds(job.cells[0].model, job.cells[0].task)) for job in jobs]
 
 
@@ -229,16 +210,6 @@ class StreamWorker(_Worker):
 
     times = 1
 
-    def run(self, job: WeightsJob) -> list[dict[str, Any]]:
-        """The row of a job's cell; of one that fails, with its error."""
-        rows = []
-        for cell in job.cells:
-            try:
-                rows.append(self._measure(cell))
-            except Exception as error:
-                rows.append(cell.failed(error))
-        return rows
-
     def _measure(self, cell: WeightsCell) -> dict[str, Any]:
         task, learner, how = cell.task, cell.method, cell.learn
         assert isinstance(task, ExperienceStream) and isinstance(learner, Learner)
@@ -284,19 +255,16 @@ class ErasureWorker(_Worker):
     """Teaches a model, makes copies of it forget, and compares them with one that never learnt."""
 
     times = 2
+    _known: Any = None  # what the job's cells begin with
 
-    def run(self, job: WeightsJob) -> list[dict[str, Any]]:
-        """The rows of a job's cells. One that fails has a row with its error, and the others are measured."""
+    def run(self, job: Job) -> list[dict[str, Any]]:
+        """As others do; where the model cannot be taught, all rows have the error."""
         try:
-            before, retrained, sets = self._taught(job.cells[0])
+            self._known = self._taught(job.cells[0])
         except Exception as error:
             return [cell.failed(error) for cell in job.cells]
-        rows = []
-        for cell in job.cells:
-            try:
-                rows.append(self._measure(cell, copy.deepcopy(before), retrained, sets))
-            except Exception as error:
-                rows.append(cell.failed(error))
+        rows = super().run(job)
+        self._known = None
         return rows
 
     def _taught(self, cell: WeightsCell) -> tuple[Any, dict[str, float], Any]:
@@ -309,8 +277,9 @@ class ErasureWorker(_Worker):
         teach(retrained, sets.retain, how)
         return before, _accuracies(retrained, sets, how.batch), sets
 
-    def _measure(self, cell: WeightsCell, model: Any, retrained: dict[str, float], sets: Any) -> dict[str, Any]:
-        eraser, batch = cell.method, cell.learn.batch
+    def _measure(self, cell: WeightsCell) -> dict[str, Any]:
+        before, retrained, sets = self._known
+        model, eraser, batch = copy.deepcopy(before), cell.method, cell.learn.batch
         assert isinstance(eraser, Eraser) and isinstance(cell.task, ErasureSplit)
         trace = eraser.erase(model, forget=sets.forget, retain=sets.retain, batch_size=batch, seed=cell.seed)
         erased = _accuracies(model, sets, batch)

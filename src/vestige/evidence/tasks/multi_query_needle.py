@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import random
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from vestige.core.spec import param
-from vestige.evidence.tasks.haystack import GRAMMAR, check_source, fingerprint, vocabulary
+from vestige.evidence.tasks.haystack import GRAMMAR, vocabulary
+from vestige.evidence.tasks.hidden import HiddenFacts
 from vestige.evidence.tasks.needle import FORMS, QUESTION
-from vestige.evidence.tasks.prompts import INTRODUCTION, continuation, frame, hide, token_ids
-from vestige.evidence.tasks.task import ContextTask, Example, Question
+from vestige.evidence.tasks.prompts import INTRODUCTION, continuation, frame, token_ids
+from vestige.evidence.tasks.task import Example, Question
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["MultiQueryNeedle"]
 
 
-class MultiQueryNeedle(ContextTask):
+class MultiQueryNeedle(HiddenFacts):
     """Find several facts in one long text, each asked for by itself.
 
     Every question is put to a copy of the same cache, so what was kept must serve them all; the value of an example
@@ -32,12 +33,6 @@ class MultiQueryNeedle(ContextTask):
     answer: Literal["number", "words"] = param("number", "five different digits, or four different words")
     haystack: str = param(GRAMMAR, "filler text: 'grammar', or 'file:PATH' for a UTF-8 text file")
 
-    def check(self) -> None:
-        check_source(self.haystack)
-
-    def stamp(self) -> dict[str, Any]:
-        return {**super().stamp(), "text": fingerprint(self.haystack)}
-
     @property
     def chance(self) -> float:
         return FORMS[self.answer].guess
@@ -49,9 +44,8 @@ class MultiQueryNeedle(ContextTask):
         hidden = {key: form.hidden.format(answer=answer) for key, answer in answers.items()}
         facts = [f"{said[key]}{hidden[key]}{form.end}" for key in answers]
         frames = {key: frame(tokenizer, INTRODUCTION, QUESTION.format(secret=form.secret, key=key)) for key in answers}
-        place: dict[str, Any] = {"length": self.length, "haystack": self.haystack, "task": self.name}
         opening = next(iter(frames.values()))[0]
-        context = hide(tokenizer, opening, facts, seed=chance.getrandbits(32), chance=chance, **place)
+        context = self.hide(tokenizer, opening, facts, chance)
         questions = [
             Question(
                 ids=tuple(token_ids(tokenizer, f"{closing}{said[key]}")),

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import random
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from vestige.core.spec import param
-from vestige.evidence.tasks.haystack import GRAMMAR, check_source, fingerprint, vocabulary
+from vestige.evidence.tasks.haystack import GRAMMAR, vocabulary
+from vestige.evidence.tasks.hidden import HiddenFacts
 from vestige.evidence.tasks.needle import FORMS
-from vestige.evidence.tasks.prompts import INTRODUCTION, continuation, frame, hide, token_ids
-from vestige.evidence.tasks.task import ContextTask, Example, Question
+from vestige.evidence.tasks.prompts import INTRODUCTION, continuation, frame, token_ids
+from vestige.evidence.tasks.task import Example, Question
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["MultiValueNeedle"]
 
 
-class MultiValueNeedle(ContextTask):
+class MultiValueNeedle(HiddenFacts):
     """Find every value that a long text gives to one key.
 
     The values are asked for in the order of the text; the value of an example is the share of them that come out, each
@@ -30,12 +31,6 @@ class MultiValueNeedle(ContextTask):
 
     values: int = param(4, "values of the key", ge=2, le=20)
     haystack: str = param(GRAMMAR, "filler text: 'grammar', or 'file:PATH' for a UTF-8 text file")
-
-    def check(self) -> None:
-        check_source(self.haystack)
-
-    def stamp(self) -> dict[str, Any]:
-        return {**super().stamp(), "text": fingerprint(self.haystack)}
 
     @property
     def chance(self) -> float:
@@ -53,8 +48,7 @@ class MultiValueNeedle(ContextTask):
         )
         opening, closing = frame(tokenizer, INTRODUCTION, question)
         facts = [form.said.format(key=key) + form.hidden.format(answer=value) + form.end for value in values]
-        place: dict[str, Any] = {"length": self.length, "haystack": self.haystack, "task": self.name}
-        context = hide(tokenizer, opening, facts, seed=chance.getrandbits(32), chance=chance, **place)
+        context = self.hide(tokenizer, opening, facts, chance)
         said = f"{closing}The {form.secret}s for the {key} are"
         answer: list[int] = []
         parts: list[tuple[int, int]] = []

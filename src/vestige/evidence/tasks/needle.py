@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from vestige.core.spec import Spec, param
 from vestige.errors import InputError, SpecError
 from vestige.evidence.tasks.haystack import GRAMMAR, check_source, fingerprint, sentences, vocabulary
+from vestige.evidence.tasks.hidden import HiddenFacts
 from vestige.evidence.tasks.prompts import INTRODUCTION, continuation, fill, frame, split, token_ids
-from vestige.evidence.tasks.task import ContextTask, Example, Question
+from vestige.evidence.tasks.task import Example, Question
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -228,7 +229,7 @@ def recite(model: PreTrainedModel, prompts: Sequence[NeedlePrompt], cache: Cache
     return [Recital(prompt.answer_ids, heard[0].likely) for prompt, heard in zip(prompts, told, strict=True)]
 
 
-class NeedleTask(ContextTask):
+class NeedleTask(HiddenFacts):
     """Find one fact in a long text.
 
     Each example is a :class:`Needle`; the value is whether the whole answer comes out.
@@ -246,9 +247,6 @@ class NeedleTask(ContextTask):
             raise SpecError(f"{self.name}: parameter 'depths' is (); at least one value is needed")
         for depth in self.depths:
             self.needle(depth, 0)
-
-    def stamp(self) -> dict[str, Any]:
-        return {**super().stamp(), "text": fingerprint(self.haystack)}
 
     @property
     def chance(self) -> float:

@@ -6,17 +6,13 @@ without padding.
 
 from __future__ import annotations
 
-import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
-
-from vestige.errors import InputError
-from vestige.evidence.tasks.haystack import sentences
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["INTRODUCTION", "continuation", "fill", "frame", "hide", "split", "token_ids"]
+__all__ = ["INTRODUCTION", "continuation", "fill", "frame", "split", "token_ids"]
 
 INTRODUCTION = "Here is a text. A question about it follows.\n\n"
 
@@ -77,35 +73,3 @@ def split(filler: list[list[int]], depth: float) -> tuple[list[int], list[int]]:
     cut = min(range(len(ends)), key=lambda i: abs(ends[i] - wanted))
     flat = [token for ids in filler for token in ids]
     return flat[: ends[cut]], flat[ends[cut] :]
-
-
-def hide(
-    tokenizer: PreTrainedTokenizerBase,
-    opening: str,
-    facts: Sequence[str],
-    *,
-    length: int,
-    haystack: str,
-    seed: int,
-    chance: random.Random,
-    task: str,
-) -> tuple[int, ...]:
-    """A context of exactly ``length`` tokens: the opening, and sentences with the facts between them, in their order.
-
-    Args:
-        haystack, seed: where the sentences come from.
-        chance: chooses the places.
-        task: who asks, for the error.
-
-    Raises:
-        InputError: ``length`` cannot hold the opening and the facts.
-    """
-    head, said = token_ids(tokenizer, opening), [token_ids(tokenizer, f" {fact}") for fact in facts]
-    room = length - len(head) - sum(map(len, said))
-    if room < 0:
-        raise InputError(f"{task}: length {length} is too short; this model needs at least {length - room}")
-    filler = fill(tokenizer, sentences(haystack, seed), room)
-    places = sorted(chance.randint(0, len(filler)) for _ in said)
-    for place, ids in reversed(list(zip(places, said, strict=True))):
-        filler.insert(place, ids)
-    return (*head, *(token for ids in filler for token in ids))

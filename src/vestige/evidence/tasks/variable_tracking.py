@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import random
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from vestige.core.spec import param
 from vestige.errors import SpecError
-from vestige.evidence.tasks.haystack import GRAMMAR, check_source, fingerprint, vocabulary
-from vestige.evidence.tasks.prompts import INTRODUCTION, continuation, frame, hide, token_ids
-from vestige.evidence.tasks.task import ContextTask, Example, Question
+from vestige.evidence.tasks.haystack import GRAMMAR, vocabulary
+from vestige.evidence.tasks.hidden import HiddenFacts
+from vestige.evidence.tasks.prompts import INTRODUCTION, continuation, frame, token_ids
+from vestige.evidence.tasks.task import Example, Question
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -19,7 +20,7 @@ __all__ = ["VariableTracking"]
 _NAMES = tuple(f"X{number}" for number in range(10, 100))
 
 
-class VariableTracking(ContextTask):
+class VariableTracking(HiddenFacts):
     """Say what a variable holds that was set to another, which was set to another, and so on to a word.
 
     Several chains lie between each other in the text, each in its order; the answer is chosen among their words. What
@@ -35,16 +36,13 @@ class VariableTracking(ContextTask):
     haystack: str = param(GRAMMAR, "filler text: 'grammar', or 'file:PATH' for a UTF-8 text file")
 
     def check(self) -> None:
-        check_source(self.haystack)
+        super().check()
         needed = self.chains * (self.hops + 1)
         if needed > len(_NAMES):
             raise SpecError(
                 f"{self.name}: parameters 'chains' and 'hops' are {self.chains} and {self.hops}, which takes {needed} "
                 f"variables; allowed: up to {len(_NAMES)}, chains * (hops + 1)"
             )
-
-    def stamp(self) -> dict[str, Any]:
-        return {**super().stamp(), "text": fingerprint(self.haystack)}
 
     @property
     def chance(self) -> float:
@@ -66,8 +64,7 @@ class VariableTracking(ContextTask):
         right = chance.randrange(self.chains)
         asked = chains[right][-1]
         opening, closing = frame(tokenizer, INTRODUCTION, f"\n\nAccording to the text, which word is {asked}?")
-        place: dict[str, Any] = {"length": self.length, "haystack": self.haystack, "task": self.name}
-        context = hide(tokenizer, opening, facts, seed=chance.getrandbits(32), chance=chance, **place)
+        context = self.hide(tokenizer, opening, facts, chance)
         before = f"{closing}{asked} is"
         choices = tuple(tuple(continuation(tokenizer, before, f" {word}")) for word in words)
         question = Question(ids=tuple(token_ids(tokenizer, before)), choices=choices, right=right)
