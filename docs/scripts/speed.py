@@ -69,6 +69,24 @@ def against_attention() -> list[str]:
     return lines
 
 
+def beside_fla() -> list[str]:
+    """One row per mixer: the time through a layer's operator over that of flash-linear-attention alone, of one run."""
+    found: dict[str, dict[int, str]] = {}
+    for place in sorted(RESULTS.glob("speed-h100*.json")):
+        rows = json.loads(place.read_text(encoding="utf-8"))["rows"]
+        ours = {(row["mixer"], row["length"]): row for row in rows if row["path"] == "ours"}
+        for row in rows:
+            if row["path"] == "fla" and (mine := ours.get((row["mixer"], row["length"]))):
+                ratios = [f"{mine[kind] / row[kind]:.2f}" if row[kind] else "-" for kind in ("forward_ms", "both_ms")]
+                found.setdefault(row["mixer"], {})[row["length"]] = " / ".join(ratios)
+    lengths = sorted({length for cells in found.values() for length in cells})
+    lines = ["| mixer | " + " | ".join(f"{length // 1024}k" for length in lengths) + " |"]
+    lines.append("|---" * (1 + len(lengths)) + "|")
+    for mixer, cells in sorted(found.items()):
+        lines.append(f"| `{mixer}` | " + " | ".join(cells.get(length, "") for length in lengths) + " |")
+    return lines
+
+
 def against_steps() -> list[str]:
     """One row per recurrent mixer: how many times the time of a text goes into its tokens one after the other."""
     lines = ["| mixer | forward | forward and backward |", "|---|---|---|"]
@@ -86,14 +104,14 @@ def decoding() -> list[str]:
     if not rows:
         return []
     ends = (min(row["context"] for row in rows), max(row["context"] for row in rows))
-    several = max(row["batch"] for row in rows)
+    several, single = max(row["batch"] for row in rows), [row for row in rows if row["batch"] == 1]
     names = [f"{end // 1024}k" for end in ends]
     found = {(row["mixer"], row["batch"], row["context"]): row for row in rows}
     heads = [f"kernels at {name}, ms" for name in names] + [f"step at {names[1]}, ms"]
     heads += [f"{several} rows: kernels at {name}, ms" for name in names if several > 1]
     lines = ["| mixer | " + " | ".join([*heads, *(f"bytes at {name}" for name in names)]) + " |"]
     lines.append("|---" * (1 + len(heads) + len(names)) + "|")
-    most = {row["mixer"]: row["state_bytes"] for row in sorted(rows, key=lambda row: row["state_bytes"])}
+    most = {row["mixer"]: row["state_bytes"] for row in sorted(single, key=lambda row: row["state_bytes"])}
     for mixer in sorted(most, key=lambda mixer: most[mixer]):
         first, last = (found.get((mixer, 1, end), {}) for end in ends)
         cells = [digits(row.get("graph_ms")) for row in (first, last)] + [digits(last.get("eager_ms"))]
@@ -122,15 +140,21 @@ def against_titans() -> list[str]:
     return lines
 
 
-TABLES = {"speed": against_attention, "steps": against_steps, "decoding": decoding, "titans": against_titans}
-NEEDS = {"speed": "speed-h100", "steps": "speed-cpu", "decoding": "decoding-h100", "titans": "titans-h100"}
+TABLES = {
+    "speed": (against_attention, "speed-h100"),
+    "fla": (beside_fla, "speed-h100"),
+    "steps": (against_steps, "speed-cpu"),
+    "decoding": (decoding, "decoding-h100"),
+    "titans": (against_titans, "titans-h100"),
+}
+"""How each table is made, and the results that it needs."""
 
 
 def written(page: str) -> str:
     """The page with the tables of now."""
-    for name, table in TABLES.items():
+    for name, (table, needed) in TABLES.items():
         begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
-        if begin in page and rows_of(NEEDS[name]):
+        if begin in page and rows_of(needed):
             before, _, rest = page.partition(begin)
             page = "\n".join([before + begin, "", *table(), "", end]) + rest.partition(end)[2]
     return page
