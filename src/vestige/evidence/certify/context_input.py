@@ -2,37 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from transformers import DynamicCache
 
 from vestige.context.policy import CachePolicy, Evict
-from vestige.errors import InputError, PatchConflictError, PatchError, SpecError, UnsupportedModelError, VestigeError
+from vestige.errors import InputError, PatchConflictError, PatchError, SpecError, UnsupportedModelError
 from vestige.evidence.certify.caching import CacheCase, differences, feed, snapshot
-from vestige.evidence.certify.suite import Seen, Suite, expect
+from vestige.evidence.certify.suite import Seen, Suite, expect, refused
 
 policies = Suite(CachePolicy, case=CacheCase)
 evicting = Suite(Evict, case=CacheCase)
-
-
-def refused(error: type[VestigeError], call: Callable[[], Any], *words: str) -> str:
-    """The text with which a call raises an error of a kind; it must contain the words.
-
-    Raises:
-        CheckFailed: no error, another one, or a text that lacks a word.
-    """
-    try:
-        call()
-    except error as seen:
-        missing = [word for word in words if word.lower() not in str(seen).lower()]
-        expect(not missing, f"{error.__name__} does not speak of {', '.join(missing)}: {seen}")
-        return str(seen)
-    except Exception as seen:
-        expect(False, f"{type(seen).__name__} was raised where {error.__name__} is due: {seen}")
-    expect(False, f"no {error.__name__} was raised")
-    raise AssertionError
 
 
 @policies.check("bad input")

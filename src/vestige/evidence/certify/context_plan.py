@@ -27,8 +27,7 @@ from vestige.errors import InputError, SpecError, UnsupportedModelError
 from vestige.evidence.certify import context
 from vestige.evidence.certify.caching import BUDGET, CacheCase, feed, learn
 from vestige.evidence.certify.context import CHUNKS, DECODED, PROMPT, against_reference, padded
-from vestige.evidence.certify.context_input import refused
-from vestige.evidence.certify.suite import Seen, Suite, expect
+from vestige.evidence.certify.suite import Seen, Suite, expect, refused
 from vestige.models.tiny import tiny_model
 
 sharing = Suite(Sharing, case=CacheCase)

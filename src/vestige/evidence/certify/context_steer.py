@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from vestige.context.steer.overshadowing import SelfContrast, _Reader
 from vestige.core.patch import Patch
 from vestige.errors import InputError, PatchConflictError, UnsupportedModelError
-from vestige.evidence.certify.context_input import refused
-from vestige.evidence.certify.suite import Case, Seen, Suite, expect
+from vestige.evidence.certify.suite import Case, Seen, Suite, expect, refused
 from vestige.evidence.references import reference_of
 from vestige.models.tiny import tiny_model
 

@@ -6,7 +6,7 @@ import functools
 import json
 import math
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 
 from vestige.core.patch import Patch
 from vestige.errors import InputError, SpecError
-from vestige.evidence.certify.suite import Case, NotApplicable, Seen, Suite, expect
+from vestige.evidence.certify.suite import Case, NotApplicable, Seen, Suite, expect, refused
 from vestige.evidence.references import reference_of
 from vestige.evidence.studies.study import Study, StudyResult
 from vestige.models.tiny import tiny_model, tiny_tokenizer
@@ -171,19 +171,10 @@ def wrong_runs_are_refused(case: StudyCase) -> Seen:
     wrong += [("seeds", {"seeds": seeds}) for seeds in ((), (0, 0), (-1,), (0.5,), ("0",))]
     wrong.append(("model", {"model": ("one",)} if study.MODEL else {"model": "smollm2"}))
     for name, given in wrong:
-        _refused(lambda given=given: study.run(progress=False, **given), SpecError, name)  # type: ignore[misc]
+        refused(SpecError, lambda given=given: study.run(progress=False, **given), name)  # type: ignore[misc]
     with tempfile.NamedTemporaryFile() as file:
-        _refused(lambda: study.run(out=file.name, progress=False), InputError, "out")
+        refused(InputError, lambda: study.run(out=file.name, progress=False), "out")
     return {"refused": len(wrong) + 1}
-
-
-def _refused(call: Callable[[], Any], error: type[Exception], name: str) -> None:
-    try:
-        call()
-    except error as refusal:
-        expect(name in str(refusal), f"the refusal does not name {name!r}: {refusal}")
-    else:
-        expect(False, f"a wrong {name!r} was accepted")
 
 
 @suite.check("bad input")

@@ -11,8 +11,7 @@ from torch import Tensor
 from vestige.core.anatomy import Anatomy
 from vestige.core.patch import Patch
 from vestige.errors import InputError, UnsupportedModelError
-from vestige.evidence.certify.context_input import refused
-from vestige.evidence.certify.suite import Case, Seen, Suite, expect
+from vestige.evidence.certify.suite import Case, Seen, Suite, expect, refused
 from vestige.evidence.probes import patch_attention
 from vestige.evidence.probes.vit_head_analytics import HeadAnalytics, VitHeadAnalytics, divergence
 from vestige.evidence.references import reference_of

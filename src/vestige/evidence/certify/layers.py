@@ -15,7 +15,7 @@ from torch.func import functional_call
 
 from vestige.errors import SpecError
 from vestige.evidence.certify.mixing import HIDDEN, LayerCase, feed, forms
-from vestige.evidence.certify.suite import Seen, Suite, expect
+from vestige.evidence.certify.suite import Seen, Suite, expect, refused
 from vestige.evidence.references import reference_of
 from vestige.evidence.tasks.recall import PairRecall
 from vestige.layers.channels.base import Channel
@@ -290,13 +290,9 @@ def sizes_that_do_not_divide_are_refused(case: LayerCase) -> Seen:
 
     nn.Module.register_parameter = counting  # type: ignore[method-assign]
     try:
-        case.fitted.build(case.place(hidden_size=HIDDEN + 1))
-    except SpecError as error:
-        expect(not counted, "weights were allocated before the refusal")
-        told = case.method.name in str(error) and "does not divide" in str(error)
-        expect(told, f"the error does not say what does not fit: {error}")
-        return {"refused": str(error)}
+        wide = case.place(hidden_size=HIDDEN + 1)
+        text = refused(SpecError, lambda: case.fitted.build(wide), case.method.name, "does not divide")
     finally:
         nn.Module.register_parameter = original  # type: ignore[method-assign]
-    expect(False, f"a width of {HIDDEN + 1} was accepted")
-    return None
+    expect(not counted, "weights were allocated before the refusal")
+    return {"refused": text}

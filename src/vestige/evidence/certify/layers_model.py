@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from vestige.errors import InputError, SpecError, VestigeError
+from vestige.errors import InputError, SpecError
 from vestige.evidence.certify.caching import held_bytes
 from vestige.evidence.certify.layers import close
 from vestige.evidence.certify.mixing import CONTEXT, LayerCase
-from vestige.evidence.certify.suite import Seen, Suite, expect
+from vestige.evidence.certify.suite import Seen, Suite, expect, refused
 from vestige.layers.channels.base import Channel
 from vestige.layers.mixers.base import Mixer
 from vestige.models.state import VestigeState
@@ -209,16 +209,3 @@ def a_block_that_cannot_be_is_named(case: LayerCase) -> Seen:
         long = case.fitted.replace(window=CONTEXT + 1)
         refused(SpecError, lambda: case.config([{"mixer": long}]), "block 1 of 1", str(CONTEXT + 1), str(CONTEXT))
     return {"refused": 2}
-
-
-def refused(error: type[VestigeError], call: Callable[[], Any], *words: str) -> None:
-    """Make sure that a call raises an error of a kind, whose text has some words."""
-    try:
-        call()
-    except error as seen:
-        missing = [word for word in words if word not in str(seen)]
-        expect(not missing, f"{error.__name__} does not speak of {', '.join(missing)}: {seen}")
-        return
-    except Exception as seen:
-        expect(False, f"{type(seen).__name__} was raised where {error.__name__} is due: {seen}")
-    expect(False, f"no {error.__name__} was raised")

@@ -9,11 +9,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from vestige.evidence.certify.mixing import LayerCase
+from vestige.evidence.certify.suite import Seen, expect
 from vestige.layers.layout import Layout
+from vestige.layers.mixers.base import Mixer
 from vestige.layers.ops.learning.engine import Lesson, learn
 from vestige.layers.place import Place
 
-__all__ = ["answers", "echo", "error", "least_error", "pairs"]
+__all__ = ["answers", "echo", "error", "least_error", "pairs", "sees_beyond"]
 
 
 def pairs(count: int, dim: int, seed: int) -> tuple[Float[Tensor, "count dim"], Float[Tensor, "count dim"]]:
@@ -92,3 +94,13 @@ def echo(case: LayerCase, mixer: Any, length: int, seed: int) -> float:
     changed[:, 0] = -changed[:, 0]
     outputs = [layer(t, Layout.of(1, length, device=t.device))[:, -1] for t in (x, changed)]
     return float((outputs[0] - outputs[1]).norm() / outputs[0].norm())
+
+
+def sees_beyond(case: LayerCase, size: int) -> Seen:
+    """Expect what stood four times so far back to change the layer's output, and not that of attention within a window
+    of that size."""
+    window = Mixer.from_spec({"name": "sliding-window", "window": size})
+    mine, plain = ([echo(case, mixer, 4 * size + 1, seed) for seed in case.seeds] for mixer in (case.fitted, window))
+    seen = {"change of the output": mine, "of attention within a window": plain}
+    expect(min(mine) > 1e-4 and max(plain) == 0, f"nothing is known of what lies beyond: {seen}")
+    return seen

@@ -33,7 +33,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from vestige.core.method import Method
-from vestige.errors import SpecError
+from vestige.errors import SpecError, VestigeError
 
 __all__ = [
     "POINTS",
@@ -46,6 +46,7 @@ __all__ = [
     "Suite",
     "checks_of",
     "expect",
+    "refused",
     "suites_of",
 ]
 
@@ -70,6 +71,24 @@ def expect(holds: bool, otherwise: str) -> None:
     """Raise :class:`CheckFailed` with a text unless a condition holds (``assert`` would vanish under ``-O``)."""
     if not holds:
         raise CheckFailed(otherwise)
+
+
+def refused(error: type[VestigeError], call: Callable[[], Any], *words: str) -> str:
+    """The text with which a call raises an error of a kind; it must contain the words, in whatever letters.
+
+    Raises:
+        CheckFailed: no error, another one, or a text that lacks a word.
+    """
+    try:
+        call()
+    except error as seen:
+        missing = [word for word in words if word.lower() not in str(seen).lower()]
+        expect(not missing, f"{error.__name__} does not speak of {', '.join(missing)}: {seen}")
+        return str(seen)
+    except Exception as seen:
+        expect(False, f"{type(seen).__name__} was raised where {error.__name__} is due: {seen}")
+    expect(False, f"no {error.__name__} was raised that speaks of {', '.join(words) or 'anything'}")
+    raise AssertionError
 
 
 @dataclass

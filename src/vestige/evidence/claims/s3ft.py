@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -43,14 +45,14 @@ def short(subject: int, thing: int) -> dict[str, Tensor]:
     return row([ASK, subject], [thing, END])
 
 
-def first_model(seed: int) -> LlamaForCausalLM:
-    """A small model that knows some facts, and says them in sentences."""
+def knowing(rows: list[dict[str, Tensor]], words: int, seed: int) -> LlamaForCausalLM:
+    """A small model of so many words that has learnt some rows."""
     sizes = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
     special = {"pad_token_id": 0, "bos_token_id": None, "eos_token_id": END}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = LlamaForCausalLM(LlamaConfig(vocab_size=FIRST + SUBJECTS + OBJECTS, **sizes, **special))
-    batch = PadTokens()([whole(*fact) for fact in facts(seed)[:KNOWN]])
+        model = LlamaForCausalLM(LlamaConfig(vocab_size=words, **sizes, **special))
+    batch = PadTokens()(rows)
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     for _ in range(150):
         optimizer.zero_grad()
@@ -60,6 +62,20 @@ def first_model(seed: int) -> LlamaForCausalLM:
     return model.eval()
 
 
+def first_model(seed: int) -> LlamaForCausalLM:
+    """A small model that knows some facts, and says them in sentences."""
+    return knowing([whole(*fact) for fact in facts(seed)[:KNOWN]], FIRST + SUBJECTS + OBJECTS, seed)
+
+
+def learnt(
+    learner: Learner, model: LlamaForCausalLM, rows: list[Any], asked: list[Any], held_out: list[Any], args: Any
+) -> ContinualRun:
+    """Rows are learnt; others of the same are asked for, and those held out are looked at before and after."""
+    with quiet():
+        trainer = ContinualTrainer(model, learner, args, collator=PadTokens(), held_out=held_out)
+        return trainer.run(Stream.of([(rows, asked)], inputs="input_ids"))
+
+
 def taught(case: LearnerCase, learner: Learner, seed: int, rate: float = 1e-3) -> ContinualRun:
     """Facts in short answers are learnt, some known and some new; known ones in sentences are looked at."""
     known = facts(seed)
@@ -67,9 +83,7 @@ def taught(case: LearnerCase, learner: Learner, seed: int, rate: float = 1e-3) -
     asked = [short(*fact) for fact in known[KNOWN:]]
     held_out = [whole(*fact) for fact in known[TAUGHT:KNOWN]]
     args = case.args(num_train_epochs=12, per_device_train_batch_size=10, learning_rate=rate, seed=seed)
-    with quiet():
-        trainer = ContinualTrainer(first_model(seed), learner, args, collator=PadTokens(), held_out=held_out)
-        return trainer.run(Stream.of([(train, asked)], inputs="input_ids"))
+    return learnt(learner, first_model(seed), train, asked, held_out, args)
 
 
 @claim(slow=True)

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from functools import lru_cache
 
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from vestige.evidence.certify.suite import Seen, expect
-from vestige.evidence.certify.weights_retain import LearnerCase, quiet
+from vestige.evidence.certify.weights_retain import LearnerCase
 from vestige.evidence.claims import claim
-from vestige.weights.retain import ContinualRun, ContinualTrainer, Learner, Stream
-from vestige.weights.retain.padding import PadTokens
+from vestige.evidence.claims.s3ft import END, knowing, learnt
+from vestige.evidence.claims.s3ft import row as question_and_answer
+from vestige.weights.retain import ContinualRun, Learner
 from vestige.weights.retain.sefe import diversified
 
-END, ASKED = 1, 2
-"""Tokens that end an answer, and a question."""
+ASKED = 2
+"""The token that ends a question."""
 KNOWN, NEW = 24, 24
 COLOURS = ("red", "green", "blue", "black", "white", "pink")
 FOODS = ("hay", "fish", "nuts", "leaves", "worms", "fruit")
@@ -59,38 +61,14 @@ def words() -> dict[str, int]:
 def row(fact: dict[str, str]) -> dict[str, Tensor]:
     """A question with its answer, which alone is to be predicted."""
     question, answer = ([words()[word] for word in split(fact[part])] for part in ("question", "answer"))
-    hidden = [-100] * (len(question) + 1)
-    return {
-        "input_ids": torch.tensor([*question, ASKED, *answer, END]),
-        "labels": torch.tensor([*hidden, *answer, END]),
-    }
+    return question_and_answer([*question, ASKED], [*answer, END])
 
 
 @lru_cache(maxsize=1)
-def _first_weights(seed: int) -> dict[str, Tensor]:
-    model = _model(seed)
-    batch = PadTokens()([row(fact) for fact in in_every_style(facts(seed)[0], seed)])
-    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
-    for _ in range(150):
-        optimizer.zero_grad()
-        model(**batch).loss.backward()
-        optimizer.step()
-    return {name: value.detach() for name, value in model.state_dict().items()}
-
-
-def _model(seed: int) -> LlamaForCausalLM:
-    sizes = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
-    special = {"pad_token_id": 0, "bos_token_id": None, "eos_token_id": END}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return LlamaForCausalLM(LlamaConfig(vocab_size=ASKED + 1 + len(words()), **sizes, **special))
-
-
 def first_model(seed: int) -> LlamaForCausalLM:
     """A small model that knows colours, and says them in five styles."""
-    model = _model(seed)
-    model.load_state_dict(_first_weights(seed))
-    return model.eval()
+    rows = [row(fact) for fact in in_every_style(facts(seed)[0], seed)]
+    return knowing(rows, ASKED + 1 + len(words()), seed)
 
 
 def taught(case: LearnerCase, learner: Learner, seed: int, share: float) -> ContinualRun:
@@ -100,9 +78,7 @@ def taught(case: LearnerCase, learner: Learner, seed: int, share: float) -> Cont
     asked = [row(fact) for fact in diversified(new, 0.0)]
     held_out = [row(fact) for fact in in_every_style(known, seed) if fact["style"] != "short"]
     args = case.args(num_train_epochs=60, per_device_train_batch_size=12, learning_rate=3e-3, seed=seed)
-    with quiet():
-        trainer = ContinualTrainer(first_model(seed), learner, args, collator=PadTokens(), held_out=held_out)
-        return trainer.run(Stream.of([(rows, asked)], inputs="input_ids"))
+    return learnt(learner, copy.deepcopy(first_model(seed)), rows, asked, held_out, args)
 
 
 @claim(slow=True)
