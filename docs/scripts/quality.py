@@ -5,7 +5,7 @@ Run by hand where there are new results: ``python docs/scripts/quality.py``. A t
 
 from __future__ import annotations
 
-import json
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -13,17 +13,13 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(Path(__file__).parent))
+
+from pages import ROOT, Rows, put, rows_of, table
+
 RESULTS = ROOT / "benchmarks" / "layers"
 PAGES = (ROOT / "docs" / "layers.md", ROOT / "docs" / "studies.md")
-Rows = list[dict[str, Any]]
 SOFTMAX = "softmax"
-
-
-def rows_of(name: str) -> Rows:
-    """The rows of a ledger; none where it was not run."""
-    path = RESULTS / name
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
 
 
 def grouped(rows: Rows, key: str) -> dict[str, Rows]:
@@ -43,10 +39,6 @@ def seen(values: Sequence[float], form: str) -> str:
 def percent(values: Sequence[float]) -> str:
     """The same in percent, as whole numbers."""
     return seen([100 * value for value in values], ".0f")
-
-
-def table(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> list[str]:
-    return [f"| {' | '.join(cells)} |" for cells in (heads, ["---"] * len(heads), *lines)]
 
 
 def recall(rows: Rows, width: int) -> list[str]:
@@ -136,28 +128,20 @@ def held_layers(layers: str) -> int:
     return sum(int(last or first) - int(first) + 1 for first, _, last in parts)
 
 
-def result_rows(name: str) -> Rows:
-    """The rows of a result that is one document."""
-    path = RESULTS / name
-    return json.loads(path.read_text(encoding="utf-8"))["rows"] if path.is_file() else []
-
-
-TABLES: dict[str, tuple[Callable[[Rows], list[str]], Callable[[str], Rows], str]] = {
-    "recall": (partial(recall, width=64), rows_of, "quality-recall.jsonl"),
-    "recall-32": (partial(recall, width=32), rows_of, "quality-recall.jsonl"),
-    "language": (language, rows_of, "quality-language.jsonl"),
-    "hybrids": (hybrids, rows_of, "hybrids-full.jsonl"),
-    "conversion": (conversion, result_rows, "conversion-h100.json"),
+TABLES: dict[str, tuple[Callable[[Rows], list[str]], str]] = {
+    "recall": (partial(recall, width=64), "quality-recall.jsonl"),
+    "recall-32": (partial(recall, width=32), "quality-recall.jsonl"),
+    "language": (language, "quality-language.jsonl"),
+    "hybrids": (hybrids, "hybrids-full.jsonl"),
+    "conversion": (conversion, "conversion-h100.json"),
 }
 
 
 def written(page: str) -> str:
     """The page with the tables of now."""
-    for name, (lines_of, read, place) in TABLES.items():
-        begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
-        if begin in page and (rows := read(place)):
-            before, _, rest = page.partition(begin)
-            page = "\n".join([before + begin, "", *lines_of(rows), "", end]) + rest.partition(end)[2]
+    for name, (lines_of, place) in TABLES.items():
+        if rows := rows_of(RESULTS / place):
+            page = put(page, name, lines_of(rows))
     return page
 
 

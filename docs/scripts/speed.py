@@ -5,25 +5,28 @@ Run by hand where there are new results: ``python docs/scripts/speed.py``. A tes
 
 from __future__ import annotations
 
-import json
+import sys
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(Path(__file__).parent))
+
+from pages import ROOT, Rows, put, rows_of, table
+
 RESULTS, PAGE = ROOT / "benchmarks" / "layers", ROOT / "docs" / "layers.md"
-Rows = list[dict[str, Any]]
 PATHS = ("ours", "fla", "kernels", "own")  # in the order in which a layer would take them
 TITANS = ("vestige", "titans-pytorch, gates per token", "titans-pytorch, gates per block")
 WORDS = {"fla": "fla", "kernels": "kernels of ours", "own": "portable"}
 
 
-def rows_of(name: str) -> Rows:
-    """The rows of a result, which may have been run in parts; none where it was not run."""
-    return [
-        row
-        for place in sorted(RESULTS.glob(f"{name}*.json"))
-        for row in json.loads(place.read_text(encoding="utf-8"))["rows"]
-    ]
+def parts_of(name: str) -> list[Rows]:
+    """The rows of each part of a result; none where it was not run."""
+    return [rows_of(place) for place in sorted(RESULTS.glob(f"{name}*.json"))]
+
+
+def every(name: str) -> Rows:
+    """The rows of all parts."""
+    return [row for rows in parts_of(name) for row in rows]
 
 
 def digits(value: float | None, suffix: str = "") -> str:
@@ -45,7 +48,7 @@ def pair(row: dict[str, Any] | None) -> str:
 
 def against_attention() -> list[str]:
     """One row per mixer: what a layer runs at every length; and at the shortest, by what it can be computed."""
-    rows = rows_of("speed-h100")
+    rows = every("speed-h100")
     lengths = sorted({row["length"] for row in rows})
     found = {(row["mixer"], row["what"], row["path"], row["length"]): row for row in rows}
     cases = dict.fromkeys((row["what"], row["mixer"]) for row in rows)
@@ -61,46 +64,42 @@ def against_attention() -> list[str]:
 
     names = [f"{length // 1024}k" for length in lengths]
     by = [f"{WORDS[path]}, {names[0]}" for path in PATHS[1:]]
-    lines = ["| mixer | what | " + " | ".join([*names, *by]) + " |", "|---" * (2 + len(names) + len(by)) + "|"]
+    lines = []
     for what, mixer in sorted(cases, key=cost):
         cells = [pair(taken(what, mixer, length)) for length in lengths]
         cells += [pair(found.get((mixer, what, path, lengths[0]))) for path in PATHS[1:]]
-        lines.append(f"| `{mixer}` | {'operator' if what == 'op' else 'layer'} | " + " | ".join(cells) + " |")
-    return lines
+        lines.append([f"`{mixer}`", "operator" if what == "op" else "layer", *cells])
+    return table(["mixer", "what", *names, *by], lines)
 
 
 def beside_fla() -> list[str]:
     """One row per mixer: the time through a layer's operator over that of flash-linear-attention alone, of one run."""
     found: dict[str, dict[int, str]] = {}
-    for place in sorted(RESULTS.glob("speed-h100*.json")):
-        rows = json.loads(place.read_text(encoding="utf-8"))["rows"]
+    for rows in parts_of("speed-h100"):
         ours = {(row["mixer"], row["length"]): row for row in rows if row["path"] == "ours"}
         for row in rows:
             if row["path"] == "fla" and (mine := ours.get((row["mixer"], row["length"]))):
                 ratios = [f"{mine[kind] / row[kind]:.2f}" if row[kind] else "-" for kind in ("forward_ms", "both_ms")]
                 found.setdefault(row["mixer"], {})[row["length"]] = " / ".join(ratios)
     lengths = sorted({length for cells in found.values() for length in cells})
-    lines = ["| mixer | " + " | ".join(f"{length // 1024}k" for length in lengths) + " |"]
-    lines.append("|---" * (1 + len(lengths)) + "|")
-    for mixer, cells in sorted(found.items()):
-        lines.append(f"| `{mixer}` | " + " | ".join(cells.get(length, "") for length in lengths) + " |")
-    return lines
+    lines = [[f"`{mixer}`", *(cells.get(length, "") for length in lengths)] for mixer, cells in sorted(found.items())]
+    return table(["mixer", *(f"{length // 1024}k" for length in lengths)], lines)
 
 
 def against_steps() -> list[str]:
     """One row per recurrent mixer: how many times the time of a text goes into its tokens one after the other."""
-    lines = ["| mixer | forward | forward and backward |", "|---|---|---|"]
-    rows = sorted(rows_of("speed-cpu"), key=lambda row: -row.get("steps_over_chunks_both", 0))
+    lines = []
+    rows = sorted(every("speed-cpu"), key=lambda row: -row.get("steps_over_chunks_both", 0))
     for row in rows:
         ratios = [row.get(f"steps_over_chunks_{kind}") for kind in ("forward", "both")]
-        lines.append(f"| `{row['mixer']}` | {digits(ratios[0], ' x')} | {digits(ratios[1], ' x')} |")
-    return lines
+        lines.append([f"`{row['mixer']}`", *(digits(ratio, " x") for ratio in ratios)])
+    return table(["mixer", "forward", "forward and backward"], lines)
 
 
 def decoding() -> list[str]:
     """One row per mixer: a step's kernels and the whole of it, at the shortest and longest context, of one row of
     tokens and of several, and bytes held."""
-    rows = [row for row in rows_of("decoding-h100") if row["what"] == "layer" and row["context"]]
+    rows = [row for row in every("decoding-h100") if row["what"] == "layer" and row["context"]]
     if not rows:
         return []
     ends = (min(row["context"] for row in rows), max(row["context"] for row in rows))
@@ -109,35 +108,34 @@ def decoding() -> list[str]:
     found = {(row["mixer"], row["batch"], row["context"]): row for row in rows}
     heads = [f"kernels at {name}, ms" for name in names] + [f"step at {names[1]}, ms"]
     heads += [f"{several} rows: kernels at {name}, ms" for name in names if several > 1]
-    lines = ["| mixer | " + " | ".join([*heads, *(f"bytes at {name}" for name in names)]) + " |"]
-    lines.append("|---" * (1 + len(heads) + len(names)) + "|")
+    lines = []
     most = {row["mixer"]: row["state_bytes"] for row in sorted(single, key=lambda row: row["state_bytes"])}
     for mixer in sorted(most, key=lambda mixer: most[mixer]):
         first, last = (found.get((mixer, 1, end), {}) for end in ends)
         cells = [digits(row.get("graph_ms")) for row in (first, last)] + [digits(last.get("eager_ms"))]
         cells += [digits(found.get((mixer, several, end), {}).get("graph_ms")) for end in ends if several > 1]
         cells += [f"{row['state_bytes']:,}" if row else "-" for row in (first, last)]
-        lines.append(f"| `{mixer}` | " + " | ".join(cells) + " |")
-    return lines
+        lines.append([f"`{mixer}`", *cells])
+    return table(["mixer", *heads, *(f"bytes at {name}" for name in names)], lines)
 
 
 def against_titans() -> list[str]:
     """Titans' memory here and in titans-pytorch: milliseconds, and gigabytes at the peak."""
     found: dict[tuple[int, int, str], dict[str, dict[str, Any]]] = {}
-    for row in rows_of("titans-h100"):
+    for row in every("titans-h100"):
         found.setdefault((row["dim"], row["length"], row["dtype"]), {})[row["memory"]] = row
 
     def cell(row: dict[str, Any] | None) -> str:
         peak = f", {row['peak_bytes'] / 1e9:.1f} GB" if row and "peak_bytes" in row else ""
         return pair(row) + peak
 
-    lines = ["| 16 heads of | tokens | type | here | titans-pytorch, gates per token | gates per block of 64 |"]
-    lines.append("|---" * 6 + "|")
+    lines = []
     for (dim, length, dtype), memories in found.items():
         cells = [cell(memories.get(name)) for name in TITANS]
         if all(cells):
-            lines.append(f"| {dim} | {length:,} | {dtype} | " + " | ".join(cells) + " |")
-    return lines
+            lines.append([str(dim), f"{length:,}", dtype, *cells])
+    here = ["here", "titans-pytorch, gates per token", "gates per block of 64"]
+    return table(["16 heads of", "tokens", "type", *here], lines)
 
 
 TABLES = {
@@ -152,11 +150,9 @@ TABLES = {
 
 def written(page: str) -> str:
     """The page with the tables of now."""
-    for name, (table, needed) in TABLES.items():
-        begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
-        if begin in page and rows_of(needed):
-            before, _, rest = page.partition(begin)
-            page = "\n".join([before + begin, "", *table(), "", end]) + rest.partition(end)[2]
+    for name, (lines_of, needed) in TABLES.items():
+        if every(needed):
+            page = put(page, name, lines_of())
     return page
 
 

@@ -5,14 +5,17 @@ Run by hand where there are new results: ``python docs/scripts/weights.py``. A t
 
 from __future__ import annotations
 
-import json
 import math
+import sys
 from collections import defaultdict
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(Path(__file__).parent))
+
+from pages import ROOT, Rows, put, rows_of, table
+
 RESULTS, PAGE = ROOT / "benchmarks" / "weights", ROOT / "docs" / "weights.md"
 STREAMS = {"digits": "Split digits", "fashion-mnist": "Split Fashion-MNIST"}
 LANGUAGE = {
@@ -40,10 +43,9 @@ OVERHEAD = {"overhead": "CPU", "overhead-cuda": "GPU", "overhead-cuda-base": "GP
 NEAR = 0.1  # of the model trained again: as the certificate of erasers asks for
 
 
-def rows_of(*name: str) -> list[dict[str, Any]]:
+def result(*name: str) -> Rows:
     """The rows of a result; none where it was not run."""
-    place = RESULTS / f"{'-'.join(name)}.json"
-    return json.loads(place.read_text())["rows"] if place.is_file() else []
+    return rows_of(RESULTS / f"{'-'.join(name)}.json")
 
 
 def spread(values: list[float], form: str = ".2f") -> str:
@@ -66,7 +68,7 @@ def learners(stream: str) -> tuple[dict[str, list[dict[str, Any]]], list[str]]:
     """The rows of each learner, those first that know most at the end, and a line on those that were left out."""
     found: dict[str, list[dict[str, Any]]] = defaultdict(list)
     left_out = {}
-    for row in rows_of("retain", stream):
+    for row in result("retain", stream):
         if "left_out" in row:
             left_out[row["learner"]] = row["left_out"]
         else:
@@ -91,8 +93,7 @@ def retain_table(stream: str) -> list[str]:
     """One row per learner of pictures."""
     found, notes = learners(stream)
     plain = {row["seed"]: row["average"] for row in found["finetune"]}
-    head = ["| learner | at the end | forgetting | just after learning | what was known before | held | verdict |"]
-    head.append("|---|---|---|---|---|---|---|")
+    heads = ["learner", "at the end", "forgetting", "just after learning", "what was known before", "held", "verdict"]
     lines = []
     for name, rows in found.items():
         cells = [
@@ -104,8 +105,8 @@ def retain_table(stream: str) -> list[str]:
             kept(rows),
             against(name, rows, plain),
         ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return [f"**{STREAMS[stream]}**", "", *head, *lines, *notes]
+        lines.append(cells)
+    return [f"**{STREAMS[stream]}**", "", *table(heads, lines), *notes]
 
 
 def language_table(stream: str) -> list[str]:
@@ -115,13 +116,12 @@ def language_table(stream: str) -> list[str]:
     first = found["finetune"]
     plain = {row["seed"]: row["average"] for row in first}
     names = first[0]["names"]
-    head = [f"| learner | {' | '.join(names)} | all, in nats | forgotten, in nats | a novel | held | verdict |"]
-    head.append("|" + "---|" * (len(names) + 6))
+    heads = ["learner", *names, "all, in nats", "forgotten, in nats", "a novel", "held", "verdict"]
 
-    def line(name: str, scores: list[list[float]], general: list[float], cells: list[str]) -> str:
+    def line(name: str, scores: list[list[float]], general: list[float], cells: list[str]) -> list[str]:
         each = [said(mean(column)) for column in zip(*scores, strict=True)]
         novel = f"{math.exp(-mean(general)):.1f}"
-        return f"| {' | '.join([name, *each, *cells[:2], novel, *cells[2:]])} |"
+        return [name, *each, *cells[:2], novel, *cells[2:]]
 
     before = [row["untrained"] for row in first]
     alone = [spread([mean(scores) for scores in before]), "", "", ""]
@@ -134,44 +134,41 @@ def language_table(stream: str) -> list[str]:
         )
     seeds = len({row["seed"] for row in first})
     about = f"**{title}** ({unit}; of the novel always perplexity; {seeds} seed{'s' if seeds > 1 else ''})"
-    return [about, "", *head, *lines, *notes]
+    return [about, "", *table(heads, lines), *notes]
 
 
 def overhead_table() -> list[str]:
     """What learners add to a step, where it was measured; those first that add least on a CPU."""
-    found = {name: {row["learner"]: row for row in rows_of(name) if "overhead" in row} for name in OVERHEAD}
+    found = {name: {row["learner"]: row for row in result(name) if "overhead" in row} for name in OVERHEAD}
     places = [name for name, rows in found.items() if rows]
     if not places:
         return []
     names = sorted(found[places[0]], key=lambda learner: found[places[0]][learner]["overhead"])
-    head = [f"| learner | forward passes | {' | '.join(f'a step, {OVERHEAD[place]}' for place in places)} |"]
-    head.append("|" + "---|" * (len(places) + 2))
     lines = []
     for name in names:
         rows = [found[place].get(name) for place in places]
         cells = ["" if row is None else f"{row['overhead']:+.0%}" for row in rows]
-        lines.append(f"| `{name}` | {found[places[0]][name]['forward_passes']:.2g} | {' | '.join(cells)} |")
-    return [*head, *lines]
+        lines.append([f"`{name}`", f"{found[places[0]][name]['forward_passes']:.2g}", *cells])
+    return table(["learner", "forward passes", *(f"a step, {OVERHEAD[place]}" for place in places)], lines)
 
 
 def erase_table(data: str, task: str) -> list[str]:
     """One row per eraser, those first that are nearest to training again; then that, and the model before."""
     by_eraser: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for row in rows_of("erase", data):
+    for row in result("erase", data):
         if row["task"] == task and "left_out" not in row:
             by_eraser[row["eraser"]].append(row["measures"])
     if not by_eraser:
         return []
     shown = SHOWN["facts" if data in ELEMENTS else "pictures"]
-    head = [f"| eraser | {' | '.join(shown.values())} | steps to relearn | verdict |"]
-    head.append("|" + "---|" * (len(shown) + 3))
     some = max(by_eraser.values(), key=len)
     lines = [
         _erased(f"`{name}`", measures, "erased", shown, verdict(measures))
         for name, measures in sorted(by_eraser.items(), key=lambda pair: gap(pair[1], shown))
     ]
     lines += [_erased(f"*{name}*", some, name, shown, "") for name in ("retrained", "before")]
-    return [f"**To forget: {ELEMENTS.get(data) or TASKS[task]}** ({DATA[data]})", "", *head, *lines]
+    rows = table(["eraser", *shown.values(), "steps to relearn", "verdict"], lines)
+    return [f"**To forget: {ELEMENTS.get(data) or TASKS[task]}** ({DATA[data]})", "", *rows]
 
 
 # What a table shows, by its name in an audit, and what its column is called.
@@ -194,11 +191,11 @@ SHOWN = {
 KEPT = ("retain accuracy", "unseen others accuracy")
 
 
-def _erased(name: str, measures: list[dict[str, Any]], which: str, shown: dict[str, str], says: str) -> str:
+def _erased(name: str, measures: list[dict[str, Any]], which: str, shown: dict[str, str], says: str) -> list[str]:
     cells = [spread([m[each][which] for m in measures]) for each in shown]
     steps = [m["steps to relearn"][which] for m in measures]
     cells.append(", ".join("none" if step is None else f"{step:.0f}" for step in steps))
-    return f"| {' | '.join([name, *cells, says])} |"
+    return [name, *cells, says]
 
 
 def gap(measures: list[dict[str, Any]], shown: dict[str, str]) -> float:
@@ -225,9 +222,9 @@ def verdict(measures: list[dict[str, Any]]) -> str:
 def tables() -> dict[str, list[str]]:
     """What stands between the marks of the page."""
     found = {
-        "retain": [retain_table(stream) for stream in STREAMS if rows_of("retain", stream)],
-        "language": [language_table(stream) for stream in LANGUAGE if rows_of("retain", stream)],
-        "erase": [erase_table(data, task) for data in STREAMS if rows_of("erase", data) for task in TASKS],
+        "retain": [retain_table(stream) for stream in STREAMS if result("retain", stream)],
+        "language": [language_table(stream) for stream in LANGUAGE if result("retain", stream)],
+        "erase": [erase_table(data, task) for data in STREAMS if result("erase", data) for task in TASKS],
         "facts": [erase_table(data, "elements") for data in ELEMENTS],
         "overhead": [overhead_table()],
     }
@@ -242,9 +239,7 @@ def _joined(parts: list[list[str]]) -> list[str]:
 def written(page: str) -> str:
     """The page with the tables of now."""
     for name, lines in tables().items():
-        begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
-        before, _, rest = page.partition(begin)
-        page = "\n".join([f"{before}{begin}", "", *lines, "", end]) + rest.partition(end)[2]
+        page = put(page, name, lines)
     return page
 
 
