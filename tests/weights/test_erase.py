@@ -85,6 +85,17 @@ def test_frozen_weights_stay_and_a_frozen_model_is_refused():
         SSD().erase(vit().requires_grad_(False), **split())
 
 
+def test_rows_that_cannot_be_stacked_and_models_without_logits_are_refused_before_any_work():
+    sets = split()
+    rows = [{"pixel_values": image, "label": int(label)} for image, label in zip(*sets["retain"].tensors, strict=True)]
+    assert GradientAscent(epochs=1).erase(vit(), forget=sets["forget"], retain=rows).history  # transformers' other name
+    rows[7]["pixel_values"] = rows[7]["pixel_values"][:, :4]
+    with pytest.raises(InputError, match=r"row 7 of retain: pixel_values is \(1, 4, 8\).* \(1, 8, 8\)"):
+        SSD().erase(vit(), forget=sets["forget"], retain=rows)
+    with pytest.raises(UnsupportedModelError, match="ViTModel gives no logits"):
+        GradientAscent().erase(vit().vit, **sets)
+
+
 @pytest.mark.parametrize("eraser", [NPO(epochs=1, tolerance=None, target=None), SSD(), IAU()], ids=lambda e: e.name)
 def test_an_adapter_of_peft_learns_to_forget_and_the_model_below_stays(eraser):
     from peft import LoraConfig, get_peft_model

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
+from transformers import DefaultDataCollator
 
 import vestige
 from tests.weights.common import arguments, blobs, learn, stream, vit
@@ -13,6 +16,7 @@ from vestige.core.ledger import Ledger
 from vestige.errors import InputError, SpecError, TrainingError
 from vestige.weights.retain import ContinualRun, ContinualTrainer, Stream
 from vestige.weights.retain.learner import Learner
+from vestige.weights.retain.session import Collate, Session
 
 
 def test_by_class_splits_train_and_test():
@@ -56,11 +60,51 @@ def test_by_column_of_a_hugging_face_dataset():
         (lambda: stream(blur=1.5), "'blur' is 1.5"),
         (lambda: Stream.of([(blobs(), blobs())], kind="task"), "needs the classes"),
         (lambda: Stream.of([(blobs(), blobs())], kind="tusk"), "did you mean task"),
+        (lambda: Stream.of([blobs()]), "part 0 is a TensorDataset; allowed: a training and a test"),
+        (lambda: Stream.of([(DataLoader(blobs()), blobs())]), "part 0 is a DataLoader; allowed: a dataset with a len"),
+        (lambda: Stream.by_class(DataLoader(blobs()), blobs(), experiences=3), "train is a DataLoader"),
+        (lambda: stream(experiences=[0, 1]), r"'experiences' is \[0, 1\]"),
+        (lambda: stream(experiences="2"), "'experiences' is '2'"),
     ],
 )
 def test_wrong_streams_are_refused(build, text):
     with pytest.raises((InputError, SpecError), match=text):
         build()
+
+
+def test_a_column_of_labels_may_have_any_name():
+    datasets = pytest.importorskip("datasets")
+    images, labels = blobs().tensors
+    for column in ("label", "shape"):
+        rows = datasets.Dataset.from_dict({"pixel_values": images.tolist(), column: labels.tolist()})
+        found = Stream.by_class(rows, rows, experiences=3, label=column)
+        assert set(found[1].train[0]) == {"pixel_values", "labels", "index", "task"}
+        run, _ = learn("s3ft", on=found, args=arguments(max_steps=1))
+        assert run.matrix.shape == (3, 3)
+        with pytest.raises(InputError, match=f"no column 'labls'.*{column}"):
+            Stream.by_class(rows, rows, experiences=3, label="labls")
+
+
+def test_domains_may_be_blurred():
+    rows = [{"labels": n, "where": "ab"[n // 10]} for n in range(20)]
+    blurred = Stream.by_column(rows, rows, "where", blur=0.5, seed=1)
+    held = [[e.train[n]["labels"] for n in range(10)] for e in blurred]
+    strangers = [sum(label // 10 != n for label in part) for n, part in enumerate(held)]
+    assert 0 < strangers[0] == strangers[1] <= 5
+    assert sorted(held[0] + held[1]) == list(range(20))
+    assert [e.test[0]["labels"] for e in blurred] == [0, 10]
+    with pytest.raises(SpecError, match="'blur' is 2"):
+        Stream.by_column(rows, rows, "where", blur=2)
+
+
+def test_a_row_that_strayed_into_another_task_is_asked_among_the_labels_of_its_own():
+    run, _ = learn("replay", on=stream(kind="task", blur=0.5, seed=0), args=arguments(num_train_epochs=25))
+    assert run.average > 0.8
+    here = Session(vit(), stream(kind="task"), arguments(), Collate(DefaultDataCollator()))
+    logits = torch.randn(3, 6, generator=torch.Generator().manual_seed(0))
+    found = here.objective(SimpleNamespace(logits=logits), {"labels": torch.tensor([1, 4, 4])}, torch.tensor([0, 0, 2]))
+    pairs = torch.stack([logits[0, :2], logits[1, 4:], logits[2, 4:]])
+    torch.testing.assert_close(found, torch.nn.functional.cross_entropy(pairs, torch.tensor([1, 0, 0])))
 
 
 def test_finetuning_forgets_and_joint_does_not():
@@ -235,11 +279,58 @@ def test_sums_of_learners():
         Learner.from_spec({"learners": ["replai", "joint"]})
 
 
+def test_a_label_that_is_out_of_range_is_told_with_its_row_before_the_model_sees_it():
+    class Late(torch.utils.data.Dataset):  # whose labels are known row by row alone
+        def __len__(self):
+            return 48
+
+        def __getitem__(self, n):
+            image, label = blobs()[n]
+            return image, 6 if n == 17 else int(label)
+
+    model = vit()
+    with pytest.raises(InputError, match="row 17 of experience 1: label 6 is out of range; allowed: 0 to 5") as stopped:
+        learn("finetune", model, on=Stream.of([(blobs(), blobs()), (Late(), blobs())]))
+    assert stopped.value.run.matrix.shape == (1, 2)
+    assert all(bool(p.isfinite().all()) for p in model.parameters())
+
+
+def test_tokens_that_are_out_of_range_are_refused():
+    from vestige.models.tiny import tiny_model
+
+    rows = [{"input_ids": torch.tensor([3, 4, 5]), "labels": torch.tensor([-100, 4, last])} for last in (5, 6, 5000)]
+    with pytest.raises(InputError, match="row 2 of experience 0: label 5000 is out of range; allowed: 0 to"):
+        learn("finetune", tiny_model("llama"), on=Stream.of([(rows[:2], rows)]))
+    rows = [{"input_ids": torch.tensor([3, token]), "labels": torch.tensor([-100, 4])} for token in (5, -1)]
+    with pytest.raises(InputError, match="row 1 of experience 0: token -1 is out of range"):
+        learn("finetune", tiny_model("llama"), on=Stream.of([(rows, rows[:1])]))
+
+
 def test_what_cannot_be_trained_is_refused():
     with pytest.raises(InputError, match="label 5; the model has labels 0 to 3"):
         learn("finetune", vit(labels=4))
     with pytest.raises(SpecError, match="eval_strategy"):
         learn("finetune", args=arguments(eval_strategy="epoch"))
+    images, labels = blobs().tensors
+    wrong = {
+        "row 3 of the dataset: label 9 is out of": TensorDataset(images, torch.where(labels == 3, 9, labels)),
+        "row 2 of the dataset: label -1 is out of": TensorDataset(images, torch.where(labels == 2, -1, labels)),
+        "row 0 of the dataset has the label": TensorDataset(images, labels.float()),
+        "has no 'labels'; it has pixel_values": [{"pixel_values": image} for image in images],
+    }
+    for text, rows in wrong.items():
+        before = vit()
+        with pytest.raises(InputError, match=text):
+            learn("finetune", before, on=Stream.of([(blobs(), blobs()), (rows, blobs())]))
+        assert all(torch.equal(a, b) for a, b in zip(before.parameters(), vit().parameters(), strict=True))
+    with pytest.raises(InputError, match="label 7 is out of range"):
+        learn("gere", general=[{"pixel_values": image, "labels": 7} for image in images])
+    with pytest.raises(InputError, match="held_out is a DataLoader"):
+        learn("finetune", held_out=DataLoader(blobs()))
+    with pytest.raises(InputError, match="model is a str"):
+        learn("finetune", "vit")
+    with pytest.raises(vestige.errors.UnsupportedModelError, match="ViTModel gives no logits"):
+        learn("finetune", vit().vit)
     with pytest.raises(SpecError, match="split by class"):
         learn("rehearsal-free", on=Stream.of([(blobs(), blobs())]))
     frozen = vit().requires_grad_(False)

@@ -16,6 +16,7 @@ from vestige.errors import InputError, SpecError, TrainingError, UnsupportedMode
 from vestige.weights.erase.examples import Collate, Examples, Reader, Row, disjoint
 from vestige.weights.erase.losses import row_accuracy, row_losses
 from vestige.weights.modes import evaluating
+from vestige.weights.rows import logits_of
 
 __all__ = ["Eraser", "Trace", "Work"]
 
@@ -94,8 +95,13 @@ class Work:
         return examples.batches(self.batch_size, self.device, generator)
 
     def logits(self, batch: Row) -> Tensor:
-        """The model's logits; it is not shown the labels."""
-        return self.model(**{key: value for key, value in batch.items() if key != "labels"}).logits
+        """The model's logits; it is not shown the labels.
+
+        Raises:
+            UnsupportedModelError: it has none, as it has no output layer.
+        """
+        outputs = self.model(**{key: value for key, value in batch.items() if key != "labels"})
+        return logits_of(outputs, self.model)
 
     def losses(self, batch: Row, over: Any = "mean") -> Tensor:
         """Each row's negative log-likelihood (rows,)."""

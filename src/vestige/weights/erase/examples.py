@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from vestige.errors import InputError, UnsupportedModelError
 from vestige.weights.erase.losses import IGNORED
+from vestige.weights.rows import by_number, label_count, predicts_tokens, within
 
 __all__ = ["Examples", "Reader", "Row", "checked", "disjoint"]
 
@@ -49,14 +50,10 @@ class Reader:
             raise UnsupportedModelError(
                 f"{type(model).__name__} is an encoder-decoder; erasers know classifiers and causal language models"
             )
-        asked = getattr(model, "can_generate", None)
-        causal = bool(asked()) if callable(asked) else False
-        classes = getattr(config, "vocab_size" if causal else "num_labels", None)
-        if not causal and type(model).__name__.endswith("ForMaskedLM"):
-            classes = getattr(config, "vocab_size", None)
         padding = getattr(config, "pad_token_id", None)
+        padding = padding if isinstance(padding, int) and padding >= 0 else 0
         name = getattr(model, "main_input_name", "pixel_values")
-        return cls(name, causal, classes, padding if isinstance(padding, int) and padding >= 0 else 0, collate)
+        return cls(name, predicts_tokens(model), label_count(model), padding, collate)
 
     def row(self, found: Any, where: str) -> Row:
         """A row of a dataset as tensors, with ``labels``."""
@@ -65,6 +62,8 @@ class Reader:
         if not isinstance(found, Mapping):
             raise InputError(f"{where} is a {type(found).__name__}; allowed: a mapping, or (input, label)")
         row = {key: torch.as_tensor(value) for key, value in found.items()}
+        if "labels" not in row and "label" in row:
+            row["labels"] = row.pop("label")
         if "labels" not in row and self.causal and "input_ids" in row:
             held = row.get("attention_mask", torch.ones_like(row["input_ids"])).bool()
             row["labels"] = row["input_ids"].masked_fill(~held, IGNORED)
@@ -84,15 +83,9 @@ class Reader:
         counts = shifted if labels.ndim == 0 else shifted[shifted != IGNORED]
         if not counts.numel():
             raise InputError(f"{where}: no label counts, all are {IGNORED}")
-        self._within(counts, where, "label")
+        within(counts, self.classes, where, "label")
         if self.causal and "input_ids" in row:
-            self._within(row["input_ids"], where, "token")
-
-    def _within(self, numbers: Tensor, where: str, what: str) -> None:
-        low, high = int(numbers.min()), int(numbers.max())
-        if low < 0 or (self.classes is not None and high >= self.classes):
-            most = "" if self.classes is None else f" to {self.classes - 1}"
-            raise InputError(f"{where}: {what} {low if low < 0 else high} is out of range; allowed: 0{most}")
+            within(row["input_ids"], self.classes, where, "token")
 
     def batch(self, rows: list[Row], device: torch.device) -> Row:
         """Rows put together on a device; sequences of token ids are filled up on the right."""
@@ -121,11 +114,7 @@ class Examples:
     """
 
     def __init__(self, source: Any, name: str, reader: Reader, numbers: Sequence[int] | None = None) -> None:
-        if not (hasattr(source, "__len__") and hasattr(source, "__getitem__")) or isinstance(source, Mapping | str):
-            raise InputError(
-                f"{name} is a {type(source).__name__}; allowed: a dataset with a length and rows by number"
-            )
-        self.source, self.name, self.reader = source, name, reader
+        self.source, self.name, self.reader = by_number(source, name), name, reader
         self.numbers = range(len(source)) if numbers is None else numbers
 
     def __len__(self) -> int:
@@ -172,9 +161,15 @@ def checked(examples: Examples) -> dict[bytes, int]:
     if not len(examples):
         raise InputError(f"{examples.name} has no rows")
     found: dict[bytes, int] = {}
+    stacked = examples.reader.collate is None
+    first: Row = {}
     for place in range(len(examples)):
         row = examples.row(place)
-        examples.reader.check(row, f"row {examples.numbers[place]} of {examples.name}")
+        where = f"row {examples.numbers[place]} of {examples.name}"
+        examples.reader.check(row, where)
+        first = first or row
+        if stacked and "input_ids" not in row:
+            _alike(row, first, where)
         found.setdefault(_fingerprint(row), examples.numbers[place])
     return found
 
@@ -203,6 +198,17 @@ def _fingerprint(row: Row) -> bytes:
         digest.update(f"{key}{tuple(value.shape)}".encode())
         digest.update(wide.contiguous().cpu().numpy().tobytes())
     return digest.digest()
+
+
+def _alike(row: Row, first: Row, where: str) -> None:
+    """Refuse a row that cannot be stacked on the first of its set."""
+    shapes, others = ({key: tuple(value.shape) for key, value in each.items()} for each in (row, first))
+    for key in shapes.keys() | others.keys():
+        if shapes.get(key) != others.get(key):
+            raise InputError(
+                f"{where}: {key} is {shapes.get(key, 'absent')}, where the first row has {others.get(key, 'none')}; "
+                "give rows of one shape, or a collate that puts them together"
+            )
 
 
 def _stacked(rows: list[Row]) -> Row:

@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["IGNORED", "aligned", "row_accuracy", "row_losses"]
+from vestige.weights.rows import IGNORED
 
-IGNORED = -100
-"""The label of a token that counts for nothing, as transformers has it."""
+__all__ = ["IGNORED", "aligned", "row_accuracy", "row_losses"]
 
 
 def aligned(logits: Tensor, labels: Tensor, causal: bool) -> tuple[Tensor, Tensor]:

@@ -14,10 +14,10 @@ from vestige.errors import InputError, SpecError
 from vestige.weights.retain.learner import Learner, Running, held
 from vestige.weights.retain.session import Session
 from vestige.weights.retain.stream import Experience
+from vestige.weights.rows import IGNORED
 
 __all__ = ["S3FT"]
 
-IGNORED = -100
 RESTATE = "{question}\nThe right answer is: {answer}\nGive this answer in your own words."
 
 

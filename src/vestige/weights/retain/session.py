@@ -13,8 +13,9 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from vestige.core.anatomy import Anatomy
-from vestige.errors import UnsupportedModelError
+from vestige.errors import InputError, UnsupportedModelError
 from vestige.weights.modes import evaluating
+from vestige.weights.rows import IGNORED, label_count, logits_of, within
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -25,15 +26,59 @@ __all__ = ["Collate", "Session", "is_classification", "wide", "without_labels"]
 
 
 class Collate:
-    """Puts rows together with the user's collator, and keeps their ``index`` and ``task`` beside."""
+    """Puts rows together with the user's collator, and keeps their ``index`` and ``task`` beside.
 
-    def __init__(self, collator: Any) -> None:
-        self.collator = collator
+    Labels and tokens that the model does not know are refused here, before a GPU sees them: it would not go on.
+
+    Args:
+        collator: of the user.
+        labels: how many labels (or tokens to predict) the model knows; ``None`` for any.
+        tokens: how many token ids.
+
+    Raises:
+        InputError: when called, for rows without labels, or with labels or tokens that are out of range.
+    """
+
+    def __init__(self, collator: Any, labels: int | None = None, tokens: int | None = None) -> None:
+        self.collator, self.known = collator, {"labels": labels, "input_ids": tokens}
+
+    @classmethod
+    def of(cls, model: nn.Module, collator: Any) -> Collate:
+        """With what a model says of itself."""
+        vocabulary = getattr(getattr(model, "config", None), "vocab_size", None)
+        return cls(collator, label_count(model), vocabulary)
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         plain = [{key: value for key, value in row.items() if key not in ("index", "task")} for row in rows]
         marks = {key: torch.tensor([row.get(key, -1) for row in rows]) for key in ("index", "task")}
-        return {**self.collator(plain), **marks}
+        batch = self.collator(plain)
+        for key, what in (("labels", "label"), ("input_ids", "token")):
+            self._check(batch, key, what, rows)
+        return {**batch, **marks}
+
+    def _check(self, batch: dict[str, Any], key: str, what: str, rows: list[dict[str, Any]]) -> None:
+        values = batch.get(key)
+        if values is None and key == "labels":
+            raise InputError(f"{_where(rows[0])} has no 'labels'; it has {', '.join(sorted(batch))}")
+        if not isinstance(values, Tensor) or (values.is_floating_point() and key != "labels"):
+            return
+        if values.is_floating_point():
+            raise InputError(f"{_where(rows[0])}: labels are {values.dtype}; allowed: whole numbers")
+        counts = values if values.ndim == 1 or key != "labels" else values[values != IGNORED]
+        try:
+            if counts.numel():
+                within(counts, self.known[key], "", what)
+        except InputError:
+            for row, own in zip(rows, values, strict=True):
+                own = own if values.ndim == 1 or key != "labels" else own[own != IGNORED]
+                if own.numel():
+                    within(own, self.known[key], _where(row), what)
+            raise
+
+
+def _where(row: dict[str, Any]) -> str:
+    task = row.get("task", -1)
+    return f"row {row.get('index', 0)} of " + (f"experience {task}" if task >= 0 else "the general or held-out samples")
 
 
 class Session:
@@ -63,6 +108,7 @@ class Session:
         self.generator = torch.Generator().manual_seed(args.seed)
         self.autocast: Any = nullcontext
         self.lr = args.learning_rate
+        self._homes: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}
         self._foreign: dict[tuple[int, torch.device], Tensor] = {}  # classes not of an experience, on a device
 
     @property
@@ -108,17 +154,31 @@ class Session:
         """
         if not is_classification(batch):
             return outputs.loss
-        logits = self.allowed(outputs.logits, self.tasks if tasks is None else tasks)
+        logits = self.allowed(logits_of(outputs, self.model), self.tasks if tasks is None else tasks, batch["labels"])
         return F.cross_entropy(wide(logits), batch["labels"], label_smoothing=self.args.label_smoothing_factor)
 
-    def allowed(self, logits: Tensor, tasks: Tensor) -> Tensor:
-        """Logits (batch, classes) in which, in a task stream, only labels of a row's experience can win."""
+    def allowed(self, logits: Tensor, tasks: Tensor, labels: Tensor) -> Tensor:
+        """Logits (batch, classes) in which, in a task stream, only labels of a row's experience can win: a row that
+        strayed into another's is of that to which its label belongs."""
         if self.stream.kind != "task":
             return logits
-        shut = torch.ones(len(self.stream), logits.shape[-1], dtype=torch.bool)
-        for experience in self.stream:
-            shut[experience.index, list(experience.classes or ())] = False
-        return logits.masked_fill(shut[tasks.cpu()].to(logits.device), torch.finfo(logits.dtype).min)
+        shut, home = self._tasks(logits)
+        tasks = tasks.to(logits.device)
+        strayed = shut[tasks].gather(1, labels[:, None])[:, 0]
+        return logits.masked_fill(shut[torch.where(strayed, home[labels], tasks)], torch.finfo(logits.dtype).min)
+
+    def _tasks(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Whether a label is none of an experience's (experiences, classes), and the experience of each (classes,)."""
+        place = (logits.shape[-1], logits.device)
+        if place not in self._homes:
+            shut = torch.ones(len(self.stream), logits.shape[-1], dtype=torch.bool)
+            home = torch.zeros(logits.shape[-1], dtype=torch.long)
+            for experience in reversed(self.stream.experiences):
+                own = list(experience.classes or ())
+                shut[experience.index, own] = False
+                home[own] = experience.index
+            self._homes[place] = (shut.to(logits.device), home.to(logits.device))
+        return self._homes[place]
 
     def answers(self, logits: Tensor, experience: Experience | None) -> Tensor:
         """The label that each row is given (batch,): one of its experience in a task stream, one of the stream in a

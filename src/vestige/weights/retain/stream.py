@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -12,6 +13,7 @@ from torch.utils.data import Dataset
 
 from vestige.core.method import did_you_mean
 from vestige.errors import InputError, SpecError
+from vestige.weights.rows import by_number, within
 
 __all__ = ["Experience", "Kind", "Rows", "Stream"]
 
@@ -29,12 +31,19 @@ class Rows(Dataset):
         task: number of the experience that the rows belong to.
         inputs: the name under which the first of a pair goes to the model.
         without: a column that is not for the model.
+        label: the column that the model is given as ``labels``; if ``None``, ``labels`` or ``label``.
     """
 
     def __init__(
-        self, source: Any, rows: Sequence[int] | np.ndarray, task: int, inputs: str, without: str | None = None
+        self,
+        source: Any,
+        rows: Sequence[int] | np.ndarray,
+        task: int,
+        inputs: str,
+        without: str | None = None,
+        label: str | None = None,
     ) -> None:
-        self.source, self.inputs, self.task, self.without = source, inputs, task, without
+        self.source, self.inputs, self.task, self.without, self.label = source, inputs, task, without, label
         self.rows = np.asarray(rows, dtype=np.int64)
 
     def __len__(self) -> int:
@@ -48,10 +57,43 @@ class Rows(Dataset):
         """A row, by its number in the dataset, as what the model takes."""
         found = self.source[row]
         if isinstance(found, Mapping):
-            return {name: value for name, value in found.items() if name != self.without}
+            example = {name: value for name, value in found.items() if name != self.without}
+            label = self.label or ("labels" if "labels" in example else "label")
+            if label in example:
+                example["labels"] = example.pop(label)
+            return example
         if isinstance(found, Sequence) and len(found) == 2:
-            return {self.inputs: found[0], "labels": int(found[1])}
+            try:
+                return {self.inputs: found[0], "labels": operator.index(found[1])}
+            except TypeError:
+                raise InputError(
+                    f"row {row} of the dataset has the label {found[1]!r}; allowed: a whole number"
+                ) from None
         raise InputError(f"row {row} of the dataset is a {type(found).__name__}; allowed: a mapping, or (input, label)")
+
+    def check(self, count: int | None) -> None:
+        """Refuse labels that a model does not know, where they can be read without the rows.
+
+        Args:
+            count: how many labels the model knows; ``None`` for any.
+
+        Raises:
+            InputError: one is out of range.
+        """
+        tensors = getattr(self.source, "tensors", None)
+        column = (getattr(self.source, "features", None) or {}).get(self.label or "labels")
+        if tensors is not None:
+            labels = torch.as_tensor(tensors[-1])
+        elif str(getattr(column, "dtype", "")).startswith("int"):
+            labels = torch.as_tensor(np.asarray(self.source[self.label or "labels"]))
+        else:
+            return
+        if labels.ndim == 1 and not labels.is_floating_point():
+            own = labels[torch.from_numpy(self.rows)]
+            wrong = (own < 0) if count is None else (own < 0) | (own >= count)
+            if bool(wrong.any()):
+                place = int(wrong.nonzero()[0])
+                within(own[place], count, f"row {self.rows[place]} of the dataset", "label")
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,13 +156,16 @@ class Stream(Sequence[Experience]):
             inputs: the name under which inputs of ``(input, label)`` rows go to the model.
 
         Raises:
-            InputError: no parts, or one without examples; other numbers of parts and of ``classes``.
+            InputError: no parts, or one without examples or rows by number; other numbers of parts and of ``classes``.
         """
         named = dict(parts) if isinstance(parts, Mapping) else {str(n): pair for n, pair in enumerate(parts)}
         if classes is not None and len(classes) != len(named):
             raise InputError(f"{len(named)} parts, but the classes of {len(classes)}")
         experiences = []
-        for index, (name, (train, test)) in enumerate(named.items()):
+        for index, (name, pair) in enumerate(named.items()):
+            if not isinstance(pair, tuple | list) or len(pair) != 2:
+                raise InputError(f"part {name} is a {type(pair).__name__}; allowed: a training and a test dataset")
+            train, test = (by_number(data, f"part {name}") for data in pair)
             rows = Rows(train, range(len(train)), index, inputs)
             asked = Rows(test, range(len(test)), index, inputs)
             labels = None if classes is None else tuple(sorted({int(label) for label in classes[index]}))
@@ -155,12 +200,12 @@ class Stream(Sequence[Experience]):
             inputs: the name under which inputs of ``(input, label)`` rows go to the model.
 
         Raises:
-            InputError: an experience would have no examples, a class stands in two, or a label is negative.
+            InputError: an experience would have no examples, a class stands in two, a label is negative, or a dataset
+                has no rows by number.
             SpecError: ``blur`` or ``experiences`` is out of range.
         """
-        if not 0.0 <= blur <= 1.0:
-            raise SpecError(f"parameter 'blur' is {blur!r}; allowed: 0 to 1")
-        known, asked = labels_of(train, label), labels_of(test, label)
+        _check_blur(blur)
+        known, asked = labels_of(by_number(train, "train"), label), labels_of(by_number(test, "test"), label)
         groups = _groups(known, experiences, seed)
         owner = {c: n for n, group in enumerate(groups) for c in group}
         home = np.array([owner.get(int(c), -1) for c in known])
@@ -170,8 +215,8 @@ class Stream(Sequence[Experience]):
             Experience(
                 index=n,
                 name=",".join(map(str, group)),
-                train=Rows(train, np.flatnonzero(home == n), n, inputs),
-                test=Rows(test, np.flatnonzero(np.isin(asked, group)), n, inputs),
+                train=Rows(train, np.flatnonzero(home == n), n, inputs, label=label),
+                test=Rows(test, np.flatnonzero(np.isin(asked, group)), n, inputs, label=label),
                 classes=group,
             )
             for n, group in enumerate(groups)
@@ -186,6 +231,8 @@ class Stream(Sequence[Experience]):
         column: str,
         *,
         order: Sequence[Any] | None = None,
+        blur: float = 0.0,
+        seed: int = 0,
         inputs: str = "pixel_values",
     ) -> Stream:
         """A domain stream from one dataset, split by the value of a column.
@@ -195,17 +242,27 @@ class Stream(Sequence[Experience]):
             test: another.
             column: its name; it is not handed to the model.
             order: the values in the order of the stream; sorted if ``None``.
+            blur: share of each experience's training examples that change places with other experiences'; 0 to 1.
+            seed: of the blur.
             inputs: see :meth:`of`.
 
         Raises:
             InputError: there is no such column, or a value has no examples.
+            SpecError: ``blur`` is out of range.
         """
-        here, there = _column(train, column), _column(test, column)
+        _check_blur(blur)
+        here, there = (_column(by_number(data, name), column) for data, name in ((train, "train"), (test, "test")))
         values = sorted(set(here)) if order is None else list(order)
+        places = {value: n for n, value in enumerate(values)}
+        home, asked = (np.array([places.get(value, -1) for value in found]) for found in (here, there))
+        if blur:
+            home = _blurred(home, blur, np.random.default_rng(seed))
         parts = []
         for n, value in enumerate(values):
-            rows = [[i for i, v in enumerate(found) if v == value] for found in (here, there)]
-            pair = [Rows(data, r, n, inputs, without=column) for data, r in zip((train, test), rows, strict=True)]
+            pair = [
+                Rows(data, np.flatnonzero(where == n), n, inputs, without=column)
+                for data, where in ((train, home), (test, asked))
+            ]
             parts.append(Experience(n, str(value), *pair))
         return cls(parts, "domain")
 
@@ -251,9 +308,11 @@ def labels_of(dataset: Any, label: str = "labels") -> np.ndarray:
     Raises:
         InputError: the rows hold no whole numbers under that name.
     """
-    tensors = getattr(dataset, "tensors", None)
+    tensors, columns = getattr(dataset, "tensors", None), getattr(dataset, "column_names", None)
+    if columns and label not in columns:
+        raise InputError(f"parameter 'label': the dataset has no column {label!r}; {did_you_mean(label, columns)}")
     try:
-        if label in (getattr(dataset, "column_names", None) or ()):
+        if columns:
             found = np.asarray(dataset[label])
         elif tensors is not None:
             found = np.asarray(tensors[-1])
@@ -287,6 +346,12 @@ def _groups(labels: np.ndarray, experiences: Any, seed: int | None) -> list[tupl
             raise SpecError(f"parameter 'experiences' is {experiences}; allowed: 1 to {len(present)}, one class each")
         order = present if seed is None else np.random.default_rng(seed).permutation(present)
         return [tuple(sorted(int(c) for c in part)) for part in np.array_split(order, experiences)]
+    if (
+        isinstance(experiences, str)
+        or not isinstance(experiences, Iterable)
+        or any(isinstance(group, str) or not isinstance(group, Iterable) for group in experiences)
+    ):
+        raise SpecError(f"parameter 'experiences' is {experiences!r}; allowed: a whole number, or the classes of each")
     groups = [tuple(sorted({int(c) for c in group})) for group in experiences]
     every = [c for group in groups for c in group]
     if len(set(every)) < len(every):
@@ -295,6 +360,11 @@ def _groups(labels: np.ndarray, experiences: Any, seed: int | None) -> list[tupl
     if absent:
         raise InputError(f"no training example has the label {absent[0]}")
     return groups
+
+
+def _check_blur(blur: float) -> None:
+    if not 0.0 <= blur <= 1.0:
+        raise SpecError(f"parameter 'blur' is {blur!r}; allowed: 0 to 1")
 
 
 def _blurred(home: np.ndarray, blur: float, draw: np.random.Generator) -> np.ndarray:

@@ -21,6 +21,7 @@ from vestige.weights.retain.learner import Learner, Running
 from vestige.weights.retain.result import ContinualRun
 from vestige.weights.retain.session import Collate, Session, is_classification, without_labels
 from vestige.weights.retain.stream import Experience, Rows, Stream
+from vestige.weights.rows import by_number, label_count, logits_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -56,7 +57,7 @@ class ContinualTrainer:
 
     Raises:
         SpecError: wrong arguments.
-        InputError: the learner needs general samples, and none were given.
+        InputError: no model; the learner needs general samples, and none were given; samples without rows by number.
     """
 
     def __init__(
@@ -72,6 +73,8 @@ class ContinualTrainer:
         model_name: str = "",
         callbacks: Sequence[TrainerCallback] = (),
     ) -> None:
+        if not isinstance(model, nn.Module):
+            raise InputError(f"model is a {type(model).__name__}; allowed: a torch.nn.Module")
         self.model = model
         self.learner = learner if isinstance(learner, Learner) else Learner.from_spec(learner)
         self.args = args or TrainingArguments(
@@ -85,11 +88,13 @@ class ContinualTrainer:
             )
         if self.learner.one_process and self.args.world_size > 1:
             raise SpecError(f"{self.learner.label} keeps state that one process must hold; {self.args.world_size} run")
-        if self.learner.needs_general and (general is None or not len(general)):
+        if self.learner.needs_general and (general is None or not len(by_number(general, "general"))):
             raise InputError(f"{self.learner.label} needs general samples: ContinualTrainer(..., general=dataset)")
-        self.collate = Collate(collator or DefaultDataCollator())
-        self.general = None if general is None else Rows(general, range(len(general)), -1, _main_input(model))
-        self.held_out = None if held_out is None else Rows(held_out, range(len(held_out)), -1, _main_input(model))
+        self.collate = Collate.of(model, collator or DefaultDataCollator())
+        self.general, self.held_out = (
+            None if found is None else Rows(by_number(found, name), range(len(found)), -1, _main_input(model))
+            for found, name in ((general, "general"), (held_out, "held_out"))
+        )
         self.ledger, self.model_name, self.callbacks = ledger, model_name, list(callbacks)
         self.running: Running | None = None
 
@@ -102,7 +107,9 @@ class ContinualTrainer:
                 run was started.
 
         Raises:
-            InputError: the learner needs classes that the stream does not name; labels that the model does not have.
+            InputError: the learner needs classes that the stream does not name; rows without labels, or with labels
+                or tokens that the model does not have.
+            UnsupportedModelError: a model without an output layer or without the parts that the learner needs.
             SpecError: the folder holds another run, or one that was not to be resumed.
             TrainingError: the loss or a gradient is no finite number; the model keeps the weights that it had
                 before that update. The error's ``run`` holds the result so far.
@@ -166,8 +173,8 @@ class ContinualTrainer:
         began = time.perf_counter() - place.seconds  # what came before counts, the scores do not
         try:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        except TrainingError as error:
-            error.run = scores.run(running) if scores.matrix else None  # type: ignore[attr-defined]
+        except (TrainingError, InputError) as error:
+            error.run = scores.run(running) if scores.matrix else None  # type: ignore[union-attr]
             raise
         finally:
             # A precision wrapper around forward must not pile up over experiences.
@@ -187,7 +194,7 @@ class ContinualTrainer:
             for batch in session.batches(rows):
                 outputs = running.predict(session, batch, session.forward(batch))
                 if is_classification(batch):
-                    answer = session.answers(outputs.logits, experience)
+                    answer = session.answers(logits_of(outputs, session.model), experience)
                     right, count = right + float((answer == batch["labels"]).sum()), count + len(answer)
                 else:
                     unit = "log-likelihood"
@@ -203,9 +210,16 @@ class ContinualTrainer:
             raise InputError(f"the stream is a {type(stream).__name__}; build one with vestige.weights.retain.Stream")
         if self.learner.needs_classes and any(e.classes is None for e in stream):
             raise InputError(f"{self.learner.label} needs the classes of every experience; see Stream.by_class")
-        labels = getattr(getattr(self.model, "config", None), "num_labels", None)
+        labels = label_count(self.model)
         if stream.classes and labels is not None and stream.classes[-1] >= labels:
             raise InputError(f"the stream has the label {stream.classes[-1]}; the model has labels 0 to {labels - 1}")
+        for rows in (part for e in stream for part in (e.train, e.test)):
+            self.collate([rows[0]])  # what is wrong with every row is found before any work
+            rows.check(labels)
+        for samples in (self.general, self.held_out):
+            if samples is not None and len(samples):
+                self.collate([samples[0]])
+                samples.check(labels)
         if not any(p.requires_grad for p in self.model.parameters()):
             raise UnsupportedModelError("no parameter of the model is trained: all have requires_grad=False")
 
