@@ -341,6 +341,17 @@ def test_reg_lora_pulls_as_the_gradient_of_its_penalty_says(scale):
     running.finish(here)
 
 
+def test_rows_added_in_order_are_what_is_added_at_once():
+    from vestige.weights.retain.sefe import _Sums
+
+    draw = torch.Generator().manual_seed(0)
+    places, values = torch.randint(7, (200,), generator=draw).int() * 2, torch.randn(200, 3, generator=draw)
+    once, ordered = (_Sums(places, 15, how)(values) for how in (False, True))  # odd places have no rows
+    wanted = torch.nn.functional.one_hot(places.long(), 15).to(values).T @ values
+    torch.testing.assert_close(once, wanted)
+    assert torch.equal(once, ordered) and not once[1].any()
+
+
 def test_reg_lora_in_a_sum_is_held_to_what_its_matrices_were_in_any_order():
     sefe, held = vestige.method("sefe"), vestige.method("rehearsal-free", l2=1, ewc=10, prediction=10)
     two = Stream(stream().experiences[:2], "class")

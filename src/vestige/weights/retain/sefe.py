@@ -27,7 +27,7 @@ class _SEFE(Running):
         self.keys: dict[str, Tensor] = {}
         self.maps: dict[str, nn.Module] = {}
         self.adapters: Adapters | None = None
-        self.places: tuple[Tensor, Tensor, Tensor] | None = None  # what follows from the keys
+        self.places: tuple[_Sums, _Sums, Tensor] | None = None  # what follows from the keys
 
     def start(self, session: Session) -> None:
         names = {id(part): name for name, part in session.model.named_modules()}
@@ -61,15 +61,15 @@ class _SEFE(Running):
                 [(len(b), a.shape[1]) for a, b in zip(firsts, seconds, strict=True)], first.dtype
             )
         rows, columns, share = self.places
-        a, b = first.index_select(0, columns), second.index_select(0, rows)
+        a, b = first.index_select(0, columns.places), second.index_select(0, rows.places)
         pull = (a * b).sum(1, keepdim=True).sign() * share * (self.learner.weight * session.scale)
-        to_first = torch.zeros_like(first).index_add_(0, columns, pull * b).split([a.shape[1] for a in firsts])
-        to_second = torch.zeros_like(second).index_add_(0, rows, pull * a).split([len(b) for b in seconds])
+        to_first = columns(pull * b).split([a.shape[1] for a in firsts])
+        to_second = rows(pull * a).split([len(b) for b in seconds])
         pulls = zip((*firsts, *seconds), (*(g.T for g in to_first), *to_second), strict=True)
         moved = [(p.grad, g) for p, g in pulls if p.grad is not None]
         torch._foreach_add_([grad for grad, _ in moved], [g for _, g in moved])
 
-    def _places(self, shapes: list[tuple[int, int]], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    def _places(self, shapes: list[tuple[int, int]], dtype: torch.dtype) -> tuple[_Sums, _Sums, Tensor]:
         """Rows and columns of all places noted, in the maps one below the other (or one beside the other), and the
         weight of each in the mean over maps of the mean over places (places, 1)."""
         rows, columns, shares, above, before = [], [], [], 0, 0
@@ -79,8 +79,9 @@ class _SEFE(Running):
             share = 1 / len(places) / len(shapes)
             shares.append(torch.full((len(places), 1), share, dtype=dtype, device=places.device))
             above, before = above + outputs, before + inputs
-        # As int64: a processor adds by it three times as fast.
-        return torch.cat(rows).long(), torch.cat(columns).long(), torch.cat(shares)
+        by_row, by_column = torch.cat(rows), torch.cat(columns)
+        ordered = by_row.is_cuda
+        return _Sums(by_row, above, ordered), _Sums(by_column, before, ordered), torch.cat(shares)
 
     @torch.no_grad()
     def after(self, session: Session, experience: Experience) -> None:
@@ -111,6 +112,29 @@ class _SEFE(Running):
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         self.keys, self.places = dict(tensors), None
+
+
+class _Sums:
+    """Sums of rows by the place that each belongs to.
+
+    Args:
+        places: of the rows (rows,).
+        count: of places.
+        ordered: add the rows of a place one after the other. A GPU's ``index_add_`` adds in any order, so that no two
+            runs would be alike.
+    """
+
+    def __init__(self, places: Tensor, count: int, ordered: bool) -> None:
+        self.places = places.long()  # a processor adds by int64 three times as fast
+        self.count = count
+        self.order = self.places.argsort(stable=True) if ordered else None
+        self.lengths = torch.bincount(self.places, minlength=count) if ordered else None
+
+    def __call__(self, values: Tensor) -> Tensor:
+        """Of values (rows, width) the sums (count, width)."""
+        if self.order is None:
+            return values.new_zeros(self.count, values.shape[1]).index_add_(0, self.places, values)
+        return torch.segment_reduce(values.index_select(0, self.order), "sum", lengths=self.lengths, unsafe=True)
 
 
 class SEFE(Learner):
