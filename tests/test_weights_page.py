@@ -1,4 +1,4 @@
-"""The tables and figures of docs/weights.md are those of the results in benchmarks/weights."""
+"""The tables and figures of learning and forgetting are those of the results in benchmarks/weights."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGE = ROOT / "docs" / "weights.md"
 
 
 def script(path: str, monkeypatch: pytest.MonkeyPatch) -> Any:
@@ -24,8 +23,12 @@ def script(path: str, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def test_tables_are_those_of_the_results(monkeypatch: pytest.MonkeyPatch) -> None:
-    page = PAGE.read_text(encoding="utf-8")
-    assert script("docs/scripts/weights.py", monkeypatch).written(page) == page, "run: python docs/scripts/weights.py"
+    module = script("docs/scripts/weights.py", monkeypatch)
+    pages = [place.read_text(encoding="utf-8") for place in module.PAGES]
+    for page in pages:
+        assert module.written(page) == page, "run: python docs/scripts/weights.py"
+    for name in module.tables():
+        assert sum(f"<!-- {name}: begin -->" in page for page in pages) == 1, name
 
 
 def test_figures_are_those_of_the_results(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -33,5 +36,5 @@ def test_figures_are_those_of_the_results(monkeypatch: pytest.MonkeyPatch) -> No
     figures = module.drawn()
     assert figures
     for name, figure in figures.items():
-        held = (module.OUT / name).read_text(encoding="utf-8")
+        held = (ROOT / "docs" / "figures" / name).read_text(encoding="utf-8")
         assert figure == held, "run: python benchmarks/weights/figures.py"

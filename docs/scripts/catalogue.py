@@ -49,9 +49,9 @@ def lines(cards: list[MethodCard]) -> list[str]:
         "*reproduced*, *not reproduced*, *not checkable here* or *not yet checked*. Figures show what was measured of "
         "a method beside its kind, on one small model: policies on SmolLM2 with 512 tokens "
         "([choosing](choosing.md)), mixers in small models that are trained for the purpose "
-        "([compare](compare.md#layers)), learners and erasers on digits and clothes ([weights](weights.md)), studies "
-        "at small scale ([studies](studies.md)); of all others, what the behaviour checks of their "
-        "[certificates](contract.md) saw.",
+        "([compare](compare.md#layers)), learners and erasers on digits and clothes "
+        "([weights](weights-results.md)), studies at small scale ([studies](studies.md)); of all others, what the "
+        "behaviour checks of their [certificates](contract.md) saw.",
         "",
         "| method | room | year | verdict |",
         "|---|---|---|---|",

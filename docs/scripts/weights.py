@@ -1,4 +1,4 @@
-"""Write the tables of learners and erasers into weights.md, from the results in benchmarks/weights.
+"""Write the tables of learners and erasers into weights.md and weights-results.md, from benchmarks/weights.
 
 Run by hand where there are new results: ``python docs/scripts/weights.py``. A test compares.
 """
@@ -16,7 +16,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from pages import ROOT, Rows, put, rows_of, table
 
-RESULTS, PAGE = ROOT / "benchmarks" / "weights", ROOT / "docs" / "weights.md"
+RESULTS = ROOT / "benchmarks" / "weights"
+PAGES = [ROOT / "docs" / name for name in ("weights.md", "weights-results.md")]
 STREAMS = {"digits": "Split digits", "fashion-mnist": "Split Fashion-MNIST"}
 LANGUAGE = {
     "domains": ("Texts of one kind after the other", "perplexity at the end", lambda score: f"{math.exp(-score):.1f}"),
@@ -40,6 +41,20 @@ DATA = {"digits": "digits", "fashion-mnist": "Fashion-MNIST", "facts": "SmolLM2"
 TASKS = {"class": "one class", "random": "a hundred rows at random"}
 ELEMENTS = {"facts": "twelve chemical elements", "facts-small": "four chemical elements"}
 OVERHEAD = {"overhead": "CPU", "overhead-cuda": "GPU", "overhead-cuda-base": "GPU, ViT-base"}
+THINGS = {"digits": "digits", "fashion-mnist": "clothes"}
+SHORT = {"class": "a class", "random": "100 rows"}
+ENDS = {
+    "digits": ("digits", lambda score: f"{score:.0%}"),
+    "fashion-mnist": ("clothes", lambda score: f"{score:.0%}"),
+    "domains": ("texts, perplexity", lambda score: f"{math.exp(-score):.1f}"),
+    "facts": ("facts, likelihood", lambda score: f"{math.exp(score):.2f}"),
+}
+LANGUAGE_ALONE = (
+    "head=softmax",
+    "fisher_rows=64",
+    "tokens=16",
+)  # of a learner's settings, those that language asks for
+SSD = {"an H100": "ssd-cuda", "a CPU": "ssd-cpu"}
 NEAR = 0.1  # of the model trained again: as the certificate of erasers asks for
 
 
@@ -154,10 +169,7 @@ def overhead_table() -> list[str]:
 
 def erase_table(data: str, task: str) -> list[str]:
     """One row per eraser, those first that are nearest to training again; then that, and the model before."""
-    by_eraser: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for row in result("erase", data):
-        if row["task"] == task and "left_out" not in row:
-            by_eraser[row["eraser"]].append(row["measures"])
+    by_eraser = erased(data, task)
     if not by_eraser:
         return []
     shown = SHOWN["facts" if data in ELEMENTS else "pictures"]
@@ -206,27 +218,107 @@ def gap(measures: list[dict[str, Any]], shown: dict[str, str]) -> float:
 def verdict(measures: list[dict[str, Any]]) -> str:
     """In words, whether on every seed it is within a tenth of the model trained again."""
 
-    def above(m: dict[str, Any], name: str, sign: int) -> bool:
-        return name in m and sign * (m[name]["erased"] - m[name]["retrained"]) > NEAR
-
-    said = {
-        "still known": sum(above(m, "forget accuracy", 1) for m in measures),
-        "still known in other words": sum(above(m, "paraphrases accuracy", 1) for m in measures),
-        "forgotten more than by training again": sum(above(m, "forget accuracy", -1) for m in measures),
-        "others lost": sum(any(above(m, name, -1) for name in KEPT) for m in measures),
-    }
-    found = [f"{what} ({count} of {len(measures)})" for what, count in said.items() if count]
+    found = [f"{what} ({sum(seeds)} of {len(seeds)})" for what, seeds in wanting(measures).items() if any(seeds)]
     return "; ".join(found) or "as trained again"
 
 
+def wanting(measures: list[dict[str, Any]]) -> dict[str, list[bool]]:
+    """In which ways it is further than a tenth from the model trained again, and on which seeds."""
+
+    def above(m: dict[str, Any], name: str, sign: int) -> bool:
+        return name in m and sign * (m[name]["erased"] - m[name]["retrained"]) > NEAR
+
+    return {
+        "still known": [above(m, "forget accuracy", 1) for m in measures],
+        "still known in other words": [above(m, "paraphrases accuracy", 1) for m in measures],
+        "forgotten more than by training again": [above(m, "forget accuracy", -1) for m in measures],
+        "others lost": [any(above(m, name, -1) for name in KEPT) for m in measures],
+    }
+
+
+def erasers_table() -> list[str]:
+    """One row per eraser: on how many seeds it is near the model trained again, of each thing to forget."""
+    tasks = {f"{what}, {thing}": (data, task) for data, thing in THINGS.items() for task, what in SHORT.items()}
+    tasks |= {"twelve elements": ("facts", "elements")}
+    near: dict[str, dict[str, int]] = defaultdict(dict)
+    for column, (data, task) in tasks.items():
+        for name, measures in erased(data, task).items():
+            near[name][column] = sum(not any(seed) for seed in zip(*wanting(measures).values(), strict=True))
+    order = sorted(near, key=lambda name: -sum(near[name].values()))
+    lines = [[f"`{name}`", *(str(near[name].get(column, "")) for column in tasks)] for name in order]
+    return table(["eraser", *tasks], lines)
+
+
+def learners_table() -> list[str]:
+    """One row per learner: what is known at the end of each stream, and on how many it is above fine-tuning."""
+    ends: dict[str, list[str]] = defaultdict(lambda: [""] * len(ENDS))
+    above: dict[str, list[bool]] = defaultdict(list)
+    for place, (stream, (_, said)) in enumerate(ENDS.items()):
+        found = learners(stream)[0]
+        plain = {row["seed"]: row["average"] for row in found["finetune"]}
+        for long, rows in found.items():
+            name = " ".join(word for word in long.split() if word not in LANGUAGE_ALONE)
+            ends[name][place] = said(mean(row["average"] for row in rows))
+            above[name].append(all(row["average"] > plain[row["seed"]] for row in rows))
+    most = [name for name in ends if "=" not in name or len(above[name]) >= len(ENDS) - 1]
+    order = sorted(most, key=lambda name: (name != "joint", -sum(above[name]), name))
+    lines = []
+    for name in order:
+        beside = "" if name in ("finetune", "joint") else f"{sum(above[name])} of {len(above[name])}"
+        lines.append([f"`{name}`", *ends[name], beside])
+    return table(["learner", *(head for head, _ in ENDS.values()), "above"], lines)
+
+
+def erased(data: str, task: str) -> dict[str, list[dict[str, Any]]]:
+    """What was measured after each eraser, by seed."""
+    found: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for row in result("erase", data):
+        if row["task"] == task and "left_out" not in row:
+            found[row["eraser"]].append(row["measures"])
+    return found
+
+
+def ssd_table() -> list[str]:
+    """Whole erasures by ssd and by its authors' loop, with the information of single rows."""
+    lines = []
+    for device, name in SSD.items():
+        rows = [r for r in result(name) if r["what"] == "seconds" and r["estimator"] == "per-example"]
+        for row in sorted(rows, key=lambda row: row["tokens"]):
+            own, theirs = (row["ms_per_image"][side] for side in ("vestige", "authors"))
+            times = f"{row['authors_over_vestige']:.1f} times"
+            lines.append([device, str(row["tokens"]), f"{row['images']:,}", f"{own:.0f} ms", f"{theirs:.0f} ms", times])
+    return table(["on", "tokens", "images", "`ssd`, an image", "the authors' loop", ""], lines)
+
+
+def ssd_memory() -> list[str]:
+    """The most that is held while erasing, in copies of the weights: batches of one, then of many."""
+    found: dict[tuple[str, str], dict[tuple[str, int], dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
+    for device, name in SSD.items():
+        for row in result(name):
+            if row["what"] == "memory":
+                side = (row["side"], row["estimator"])
+                found[side][device, row["tokens"]][row["batch"]] = row["copies"]
+    columns = sorted({column for cells in found.values() for column in cells})
+    lines = []
+    for (who, estimator), cells in found.items():
+        what = f'`estimator="{estimator}"`' if who == "vestige" else "the authors' loop"
+        each = (cells.get(column, {}) for column in columns)
+        lines.append([what, *(", ".join(f"{copies:.1f}" for _, copies in sorted(c.items())) for c in each)])
+    return table(["", *(f"{device}, {tokens} tokens" for device, tokens in columns)], lines)
+
+
 def tables() -> dict[str, list[str]]:
-    """What stands between the marks of the page."""
+    """What stands between the marks of the pages."""
     found = {
         "retain": [retain_table(stream) for stream in STREAMS if result("retain", stream)],
         "language": [language_table(stream) for stream in LANGUAGE if result("retain", stream)],
         "erase": [erase_table(data, task) for data in STREAMS if result("erase", data) for task in TASKS],
         "facts": [erase_table(data, "elements") for data in ELEMENTS],
         "overhead": [overhead_table()],
+        "ssd": [ssd_table()],
+        "ssd memory": [ssd_memory()],
+        "erasers": [erasers_table()],
+        "learners": [learners_table()],
     }
     kept = {name: [part for part in parts if part] for name, parts in found.items()}
     return {name: _joined(parts) for name, parts in kept.items() if parts}
@@ -244,4 +336,5 @@ def written(page: str) -> str:
 
 
 if __name__ == "__main__":
-    PAGE.write_text(written(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    for place in PAGES:
+        place.write_text(written(place.read_text(encoding="utf-8")), encoding="utf-8")
