@@ -29,7 +29,7 @@ print("stay attention:", sorted({*range(len(copying))} - {*layers}))
 
 swap = convert(model, Lizard(window=128), layers=layers)
 distill(swap, blocks, match_steps=steps, tune_steps=steps, batch=1, tell=lambda *what: print(*what))
-swap.save("smollm2-lizard")  # vestige.models.load("smollm2-lizard") reads it again
+swap.save("smollm2-lizard", tokenizer)  # vestige.models.load("smollm2-lizard") reads it again
 
 prompt = tokenizer("A short history of forgetting:", return_tensors="pt").to(model.device)
 for count in (1, 200):

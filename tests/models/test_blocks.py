@@ -84,6 +84,12 @@ def test_what_cannot_be_read_is_named_with_its_place(blocks, words):
         ({"blocks": "sliding-window(window=512)", "max_position_embeddings": 256}, "window = 512 is longer .* 256"),
         ({"hidden_size": 0}, "hidden_size is 0"),
         ({"vocab_size": 1.5}, "vocab_size is 1.5"),
+        ({"norm_eps": -1e-6}, "norm_eps is -1e-06; allowed: a number > 0"),
+        ({"initializer_range": "0.02"}, "initializer_range is '0.02'"),
+        (
+            {"num_atention_heads": 8},
+            r"num_atention_heads.* did you mean num_attention_heads",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused_before_anything_is_built(options, words):

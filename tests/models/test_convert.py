@@ -132,8 +132,7 @@ def test_taught_in_two_stages_kept_and_undone(tmp_path, tune):
     assert all(weight.requires_grad and weight.grad is None for weight in model.parameters())
     assert model.training and not [name for name, _ in model.named_modules() if "lora" in name]
     changed = model(given).logits
-    swap.save(tmp_path)
-    tiny_tokenizer().save_pretrained(tmp_path)
+    swap.save(tmp_path, tiny_tokenizer())
     assert (tmp_path / FILE).is_file() and not list(tmp_path.glob("*.bin"))
     plain = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert torch.equal(plain(given).logits, due)
@@ -189,6 +188,8 @@ def test_what_else_is_refused(tmp_path):
     for kind in ("gpt2", "opt", "gpt-neox", "bert"):
         with pytest.raises(UnsupportedModelError, match="cannot be converted"):
             convert(model_of(kind), SMALL)
+    with pytest.raises(UnsupportedModelError, match="model is a tuple"):
+        convert((model_of("llama"), tiny_tokenizer()), SMALL)
     model, text = model_of("llama"), ids()
     cache = model(text).past_key_values
     with pytest.raises(ModelError, match="no conversion can be read"):

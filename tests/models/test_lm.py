@@ -229,7 +229,8 @@ def test_checkpointing_changes_no_gradient():
     model(tokens(), labels=tokens()).loss.backward()
     due = {name: p.grad for name, p in model.named_parameters()}
     model.zero_grad(set_to_none=True)
-    model.gradient_checkpointing_enable()
+    switch = getattr(model, "activation_checkpointing_enable", None)  # its name from transformers 5.2x on
+    (switch or model.gradient_checkpointing_enable)()
     model(tokens(), labels=tokens()).loss.backward()
     for name, p in model.named_parameters():
         torch.testing.assert_close(p.grad, due[name], msg=name)
@@ -343,6 +344,8 @@ def test_what_does_not_fit_is_refused(tmp_path):
         model(tokens(1), cu_seqlens=torch.tensor([0, 9, 19]), past_key_values=model.new_state())
     filled = model.new_state()
     model(tokens(), past_key_values=filled)
+    with pytest.raises(InputError, match=r"behind the 19 .*generate is given those again"):
+        model.generate(tokens(2, 3), past_key_values=filled, max_new_tokens=1)
     with pytest.raises(InputError, match="holds 2 rows"):
         model(tokens(3), past_key_values=filled)
     with pytest.raises(InputError, match="cannot be taken back"):

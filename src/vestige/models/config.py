@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 from collections.abc import Sequence
+from difflib import get_close_matches
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -38,7 +40,8 @@ class VestigeConfig(PreTrainedConfig):
         pad_token_id, bos_token_id, eos_token_id: special tokens, as ``generate`` uses them.
 
     Raises:
-        SpecError: a block that cannot be read or does not fit, with its position; a size that is not positive.
+        SpecError: a block that cannot be read or does not fit, with its position; a size that is not positive; a name
+            that is nearly one of these.
     """
 
     model_type = "vestige"
@@ -68,6 +71,9 @@ class VestigeConfig(PreTrainedConfig):
         eos_token_id: int | None = None,
         **kwargs: Any,
     ) -> None:
+        for name in kwargs:  # transformers keeps whatever it is given, so a slip of the pen would go unseen
+            if near := get_close_matches(name, inspect.signature(VestigeConfig).parameters, n=1, cutoff=0.9):
+                raise SpecError(f"unknown field {name!r} (given {kwargs[name]!r}); did you mean {near[0]}?")
         pattern = parse_blocks(blocks, channel=channel, norm=norm, residual=residual)
         self.blocks = [block.to_dict(repeat) for block, repeat in pattern]
         self.vocab_size = vocab_size
@@ -120,6 +126,9 @@ class VestigeConfig(PreTrainedConfig):
         for name in ("num_key_value_heads", "head_dim", "intermediate_size"):
             if getattr(self, name) is not None:
                 _check_size(name, getattr(self, name))
+        for name in ("norm_eps", "initializer_range"):
+            if type(getattr(self, name)) not in (int, float) or not getattr(self, name) > 0:
+                raise SpecError(f"{name} is {getattr(self, name)!r}; allowed: a number > 0")
         for index, block in enumerate(self.plan()):
             for part in (block.mixer, block.channel):
                 if part is None:

@@ -3,9 +3,9 @@
 ::
 
     swap = convert(model, Lizard(window=128), layers="2-29")
-    distill(swap, ids)           # vestige.models.distill
-    model.generate(...)          # the cache of these layers no longer grows
-    swap.save("folder")          # the model as it was, and what was converted beside it
+    distill(swap, ids)              # vestige.models.distill
+    model.generate(...)             # the cache of these layers no longer grows
+    swap.save("folder", tokenizer)  # the model as it was, and what was converted beside it
     swap.undo()
 
 Any mixer on queries, keys and values (:class:`~vestige.layers.mixers.attention.AttentionMixer`) can take over: it
@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +40,9 @@ from vestige.layers.mixers.base import Mixer
 from vestige.layers.place import Place
 from vestige.layers.state import LayerState, nbytes_of
 from vestige.models.blocks import names_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 __all__ = ["FILE", "Conversion", "ConvertedAttention", "convert", "restore"]
 
@@ -209,10 +212,15 @@ class Conversion:
         pairs = zip(self.layers, self.modules, strict=True)
         return {f"{index}.{name}": tensor for index, part in pairs for name, tensor in part.layer.state_dict().items()}
 
-    def save(self, folder: str | os.PathLike[str]) -> None:
+    def save(self, folder: str | os.PathLike[str], tokenizer: PreTrainedTokenizerBase | None = None) -> None:
         """Write the model as it was before, and what was converted as a file beside it.
 
-        :func:`vestige.models.load` reads both from the folder; transformers reads the model as it was.
+        :func:`vestige.models.load` reads both from the folder; transformers reads the model as it was. The model's own
+        ``save_pretrained`` writes the layers that took over under names that nothing reads.
+
+        Args:
+            folder: where to.
+            tokenizer: written as well; :func:`vestige.models.load` needs one.
 
         Raises:
             ModelError: the folder cannot be written.
@@ -224,6 +232,8 @@ class Conversion:
         plan = json.dumps({"mixer": self.mixer.spec(), "layers": list(self.layers)})
         held = {name: tensor.detach().cpu().contiguous() for name, tensor in self.weights().items()}
         content = save(held, metadata={"conversion": plan})
+        if tokenizer is not None:
+            tokenizer.save_pretrained(target)
         try:
             write_whole(target / FILE, content)
         except OSError as error:
@@ -254,6 +264,8 @@ def convert(model: nn.Module, mixer: AttentionMixer | str, layers: str | int | I
         PatchError: a layer is converted already.
     """
     mixer = _on_projections(mixer)
+    if not isinstance(model, nn.Module):
+        raise UnsupportedModelError(f"model is a {type(model).__name__}; convert takes a model alone, no tokenizer")
     if any(isinstance(part, ConvertedAttention) for part in model.modules()):
         raise PatchError("the model is converted already; undo that first, or name all layers at once")
     anatomy = Anatomy.of(model)

@@ -148,7 +148,9 @@ class VestigeModel(VestigePreTrainedModel):
             past_key_values.check(self.signature, len(self.layers))
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if x.shape[1] == 0:
-            raise InputError("there are no tokens to read; give at least one per row")
+            read = past_key_values.seen if past_key_values is not None else 0
+            hint = f" behind the {read} that the state has read (generate is given those again)" if read else ""
+            raise InputError(f"there are no tokens to read; give at least one per row{hint}")
         checkpointing = self.gradient_checkpointing and self.training
         if checkpointing and past_key_values is not None:
             raise InputError("gradient checkpointing runs blocks twice, so they cannot write a state; turn one off")

@@ -302,6 +302,7 @@ def _arguments(settings: Training, checkpoints: Path, quiet: bool) -> TrainingAr
         "report_to": [],
         "disable_tqdm": True,
         "log_level": "error",
+        "log_level_replica": "error",
         "remove_unused_columns": False,
         "ddp_find_unused_parameters": False,
     }

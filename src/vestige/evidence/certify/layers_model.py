@@ -19,6 +19,7 @@ from vestige.evidence.certify.suite import Seen, Suite, expect, refused
 from vestige.layers.channels.base import Channel
 from vestige.layers.mixers.base import Mixer
 from vestige.models.state import VestigeState
+from vestige.training.quiet import without_bars
 
 mixers = Suite(Mixer, case=LayerCase)
 channels = Suite(Channel, case=LayerCase)
@@ -138,7 +139,7 @@ def saved_and_loaded_it_is_the_same(case: LayerCase) -> Seen:
     """A model and its state come back from disk bit for bit, and into bfloat16; weights are safetensors."""
     model, ids = case.lm(blocks(case)), case.ids(2, 13)
     state = state_after(model, ids)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, without_bars():
         model.save_pretrained(folder)
         again = AutoModelForCausalLM.from_pretrained(folder).to(case.device)
         half = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).to(case.device)
@@ -164,7 +165,8 @@ def checkpointing_changes_no_gradient(case: LayerCase) -> Seen:
     model(ids, labels=ids).loss.backward()
     plain = {name: weight.grad for name, weight in model.named_parameters()}
     model.zero_grad(set_to_none=True)
-    model.gradient_checkpointing_enable()
+    switch = getattr(model, "activation_checkpointing_enable", None)  # its name from transformers 5.2x on
+    (switch or model.gradient_checkpointing_enable)()
     model(ids, labels=ids).loss.backward()
     largest = max(close(w.grad, plain[name], name) for name, w in model.named_parameters())  # type: ignore[arg-type]
     return {"largest difference": largest}
