@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from html import escape
+from pathlib import Path
+from typing import Any
 
-__all__ = ["svg", "text"]
+__all__ = ["OUT", "rows_of", "svg", "text", "write"]
+
+OUT = Path(__file__).parents[1] / "docs" / "figures"
 
 STYLE = """
   text { font: 13px system-ui, sans-serif; fill: #1f2937 }
@@ -26,3 +31,19 @@ def svg(width: int, height: int, parts: list[str], title: str) -> str:
 def text(x: float, y: float, words: str, cls: str = "", anchor: str = "start", fill: str = "") -> str:
     style = f' style="fill:{fill}"' if fill else ""
     return f'<text x="{x:.1f}" y="{y:.1f}" class="{cls}" text-anchor="{anchor}"{style}>{escape(words)}</text>'
+
+
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    """The rows of a result, one document, or of a ledger, one a line; none where it was not run."""
+    if not path.is_file():
+        return []
+    held = path.read_text(encoding="utf-8")
+    return [json.loads(line) for line in held.splitlines()] if path.suffix == ".jsonl" else json.loads(held)["rows"]
+
+
+def write(figures: dict[str, str], out: Path = OUT) -> None:
+    """Figures into files, by their names."""
+    out.mkdir(parents=True, exist_ok=True)
+    for name, figure in figures.items():
+        (out / name).write_text(figure, encoding="utf-8")
+    print(f"{len(figures)} figures in {out}")

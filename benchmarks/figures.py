@@ -20,13 +20,12 @@ from statistics import mean
 from typing import Any
 
 from context.figures import KEEP_ALL, panel, quality
-from drawing import svg, text
+from drawing import OUT, rows_of, svg, text, write
 
 from vestige.evidence.points import Point, points_of
 from vestige.evidence.studies.study import Finding, study_named
 
 HERE = Path(__file__).parent
-OUT = HERE.parent / "docs" / "figures" / "methods"
 WIDTH = 480
 OWN, WRONG = "#0f766e", "#dc2626"
 SHADES = (OWN, "#d97706")  # of the forms in which a policy was measured
@@ -198,8 +197,7 @@ def erasers() -> Iterator[tuple[str, str]]:
 def _by_method(file: str, field: str) -> dict[str, list[dict]]:
     """The rows of each method that came to an end, by name and settings."""
     found: dict[str, list[dict]] = {}
-    path = HERE / "weights" / file
-    for row in json.loads(path.read_text(encoding="utf-8"))["rows"] if path.is_file() else []:
+    for row in rows_of(HERE / "weights" / file):
         if "left_out" not in row and "error" not in row:
             found.setdefault(row[field], []).append(row)
     return found
@@ -295,12 +293,7 @@ def _dots(label: str, values: list[float], reach: tuple[float, float], y: float,
     return parts
 
 
-def rows_of(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
-
-
 def main() -> None:
-    OUT.mkdir(parents=True, exist_ok=True)
     drawn = [*policies(), *mixers(rows_of(HERE / "layers" / "recall.jsonl"))]
     drawn += [(path.stem, findings(path.stem, rows_of(path))) for path in sorted((HERE / "studies").glob("*.jsonl"))]
     known = {name for name, _ in drawn}
@@ -311,9 +304,7 @@ def main() -> None:
             drawn.append((path.stem, figure))
             known.add(path.stem)
     drawn += [pair for pair in readers(rows_of(HERE / "context" / "quality.jsonl")) if pair[0] not in known]
-    for name, figure in drawn:
-        (OUT / f"{name}.svg").write_text(figure, encoding="utf-8")
-    print(f"{len(drawn)} figures in {OUT}")
+    write({f"{name}.svg": figure for name, figure in drawn}, OUT / "methods")
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ def test_figures_are_those_of_the_results(monkeypatch: pytest.MonkeyPatch) -> No
     figures = module.drawn()
     assert figures
     for name, figure in figures.items():
-        held = (module.OUT / name).read_text(encoding="utf-8")
+        held = (ROOT / "docs" / "figures" / name).read_text(encoding="utf-8")
         assert figure == held, "run: python benchmarks/layers/figures.py"
 
 

@@ -14,6 +14,7 @@ import argparse
 import itertools
 import json
 import random
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -24,13 +25,15 @@ import torch
 import transformers
 from torch.nn.functional import cross_entropy
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from results import Clock, keep
+
 import vestige
 from vestige.context.policy import CachePolicy
-from vestige.core.files import write_whole
 from vestige.evidence.data.text import passages
 
 COUNTED = 1024
-
 
 FIRST = "Somewhere in this text a pass key is told. Keep it in mind."
 LINE = " Rain falls on the roof. A cart rolls down the lane. The bell rings at noon. Bread lies on the table."
@@ -98,7 +101,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=float("inf"), help="after which nothing new is begun")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     given = parser.parse_args()
-    end = time.monotonic() + 60 * given.minutes
+    clock = Clock(given.minutes)
     model, tokenizer = vestige.models.load(given.model, dtype="float32", device=given.device)
     alone, longheads, window = POLICIES
     policies: dict[str, Any] = {
@@ -122,13 +125,13 @@ def main() -> None:
         about = {"task": task, "length": length, "seed": seed, "policy": name}
         if any(about.items() <= row.items() for row in rows):
             continue
-        if time.monotonic() > end:
+        if clock.over:
             print(f"{given.minutes:g} minutes are over; the same command goes on from here")
             return
         began = time.perf_counter()
         seen = TASKS[task](model, tokenizer, policies[name], length, seed, given.chunk)
         rows.append(about | {"seen": seen, "seconds": round(time.perf_counter() - began, 2)})
-        write_whole(given.out, json.dumps(facts | {"rows": rows}, indent=1) + "\n")
+        keep(given.out, facts | {"rows": rows})
         print(rows[-1], flush=True)
 
 

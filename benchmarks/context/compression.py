@@ -23,21 +23,12 @@ from pathlib import Path
 
 import torch
 import transformers
-from shape import SHAPE, build
+from shape import SHAPE, build, seconds
 
 BUDGET = 2048
 NEW = 128
 RISING = [8192, 16384, 32768, 65536]
 PAIRS = {"snapkv": "SnapKVPress", "tova": "TOVAPress", "h2o": "ObservedAttentionPress"}
-
-
-def seconds(function) -> float:
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    begin.record()
-    function()
-    end.record()
-    end.synchronize()
-    return begin.elapsed_time(end) / 1e3
 
 
 def measured(prefill, decode, repeats: int) -> dict[str, float]:

@@ -10,15 +10,19 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import statistics
+import sys
 import time
 from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
 import transformers
-from shape import SHAPE, build
+from shape import SHAPE, build, seconds
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from results import keep
 
 from vestige.context.cache import KeptCache
 from vestige.context.evict.a2sf import A2SF
@@ -39,15 +43,7 @@ def timed(function, repeats: int) -> float:
     for _ in range(3):
         function()
     torch.cuda.synchronize()
-    spans = []
-    for _ in range(repeats):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        function()
-        end.record()
-        end.synchronize()
-        spans.append(begin.elapsed_time(end) / 1e3)
-    return statistics.median(spans)
+    return statistics.median(seconds(function) for _ in range(repeats))
 
 
 def fill(cache: KeptCache, batch: int, seen: int, slots: int, config, dtype=torch.bfloat16) -> KeptCache:
@@ -191,9 +187,7 @@ def main() -> None:
         }
         result["rows"].append(row)
         print({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
-        part = args.out.with_suffix(".part")
-        part.write_text(json.dumps(result, indent=1) + "\n")
-        part.replace(args.out)
+        keep(args.out, result)
 
 
 if __name__ == "__main__":

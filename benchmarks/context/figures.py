@@ -7,7 +7,6 @@ Plain SVG, readable on light and dark pages; every number in them stands in the 
 
 from __future__ import annotations
 
-import json
 import sys
 from collections import defaultdict
 from html import escape
@@ -17,9 +16,8 @@ from statistics import mean
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
-from drawing import svg, text  # noqa: E402
+from drawing import rows_of, svg, text, write  # noqa: E402
 
-OUT = HERE.parents[1] / "docs" / "figures"
 LENGTH = 512
 KEEP_ALL = ("recycled-attention", "tidal-decode", "longheads", "act")  # what holds every entry as it is is not drawn
 
@@ -39,7 +37,7 @@ COLOURS = {
 
 def quality() -> dict[str, dict[str, list[tuple[float, float]]]]:
     """By task and policy: share of the full cache's bytes, and the mean score over the seeds, by rising bytes."""
-    rows = [json.loads(line) for line in (HERE / "quality.jsonl").read_text().splitlines()]
+    rows = rows_of(HERE / "quality.jsonl")
     cells: dict[tuple[str, str, int], list[tuple[int, float]]] = defaultdict(list)
     for row in rows:
         metrics = row["metrics"]
@@ -114,8 +112,7 @@ def quality_figure() -> str:
 
 
 def decode_figure() -> str:
-    result = json.loads((HERE / "decode.json").read_text())
-    rows = [row for row in result["rows"] if row["batch"] in (1, 12)]
+    rows = [row for row in rows_of(HERE / "decode.json") if row["batch"] in (1, 12)]
     longest = max(row["ms"] for row in rows if row["batch"] == 1)
     parts = [text(10, 22, "Milliseconds a decoding step, 32,768 tokens of context", "title")]
     at = 50.0
@@ -141,12 +138,5 @@ def decode_figure() -> str:
     return svg(800, int(at + 14), parts, "Milliseconds a decoding step")
 
 
-def main() -> None:
-    OUT.mkdir(exist_ok=True)
-    for name, draw in (("quality.svg", quality_figure), ("decode.svg", decode_figure)):
-        (OUT / name).write_text(draw(), encoding="utf-8")
-        print(OUT / name)
-
-
 if __name__ == "__main__":
-    main()
+    write({"quality.svg": quality_figure(), "decode.svg": decode_figure()})

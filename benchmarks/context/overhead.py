@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +22,10 @@ from typing import Any
 
 import torch
 import transformers
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from results import Clock, keep
 
 import vestige
 from vestige.context.plan.windows import HeadWindows
@@ -119,9 +124,7 @@ class Table:
         row = {"context": context, "policy": policy, "ms": 1e3 * step, "alone_ms": 1e3 * beside, "ratio": step / beside}
         self.rows.append(row)
         print(f"{context:6} {policy:20} {1e3 * step:8.2f} ms  {step / beside:6.3f}", flush=True)
-        part = self.path.with_suffix(".part")
-        part.write_text(json.dumps(self.result, indent=1) + "\n")
-        part.replace(self.path)
+        keep(self.path, self.result)
 
 
 @torch.inference_mode()
@@ -135,7 +138,7 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="after which nothing new is begun")
     given = parser.parse_args()
-    end = time.monotonic() + 60 * given.minutes
+    clock = Clock(given.minutes)
     torch.set_num_threads(given.threads)
     model, tokenizer = vestige.models.load(given.model, dtype="float32", device="cpu")
     chosen = {name: policy for name, policy in policies().items() if not given.methods or name in given.methods}
@@ -145,7 +148,7 @@ def main() -> None:
         for name, policy in chosen.items():
             if not table.lacks(context, name):
                 continue
-            if time.monotonic() > end:
+            if clock.over:
                 print(f"{given.minutes:g} minutes are over; the same command goes on from here")
                 return
             alone = alone or Turn(model, None, prompt)

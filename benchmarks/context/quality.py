@@ -19,15 +19,19 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import time
+import sys
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.nn.functional import cross_entropy
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from results import Clock
 
 import vestige
 from vestige.context.cache import KeptCache
@@ -172,10 +176,10 @@ class Sheet:
 
 
 class Grid:
-    """Measures what a ledger lacks of one length; ``late`` says when to begin nothing new."""
+    """Measures what a ledger lacks of one length, until time is up."""
 
-    def __init__(self, model: Any, tokenizer: Any, ledger: Ledger, name: str, late: Callable[[], bool]) -> None:
-        self.model, self.tokenizer, self.ledger, self.name, self.late = model, tokenizer, ledger, name, late
+    def __init__(self, model: Any, tokenizer: Any, ledger: Ledger, name: str, clock: Clock) -> None:
+        self.model, self.tokenizer, self.ledger, self.name, self.clock = model, tokenizer, ledger, name, clock
 
     def measure(self, contenders: list[Contender], tasks: list[str], length: int, seeds: list[int]) -> None:
         contenders = [one for one in contenders if self._known(one)]
@@ -209,7 +213,7 @@ class Grid:
         return not self.ledger.has(one.key(task, length, seed))
 
     def _measure(self, contenders: list[Contender], cells: list[Cell], length: int) -> None:
-        if not contenders or self.late():
+        if not contenders or self.clock.over:
             return
         sheet = Sheet(self.tokenizer, cells, length, self.model.device)
         if contenders[0].name == BY_TOKEN:
@@ -266,9 +270,9 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--alone", action="store_true", help="also the methods that need a pass of their own")
     args = parser.parse_args()
-    end = time.monotonic() + 60 * args.minutes
+    clock = Clock(args.minutes)
     model, tokenizer = vestige.models.load(args.model, device=args.device, dtype="float32")
-    grid = Grid(model, tokenizer, Ledger(args.out), args.model, lambda: time.monotonic() > end)
+    grid = Grid(model, tokenizer, Ledger(args.out), args.model, clock)
     for length in args.lengths:
         budgets = [int(share * length) for share in args.shares]
         possible = [
@@ -277,7 +281,7 @@ def main() -> None:
             if (one.budget is None or one.budget in budgets) and (args.policies is None or one.name in args.policies)
         ]
         grid.measure(possible, args.tasks, length, args.seeds)
-    if grid.late():
+    if clock.over:
         print(f"{args.minutes:g} minutes are over; if anything is missing, the same command goes on from here")
 
 

@@ -1,4 +1,4 @@
-"""The model of the benchmarks: a Llama-3.1-8B shape in bf16, weights at random, on the GPU."""
+"""The model of the benchmarks, a Llama-3.1-8B shape in bf16, weights at random, on the GPU; and a call's time."""
 
 from __future__ import annotations
 
@@ -24,3 +24,13 @@ def build(layers: int):
         model = LlamaForCausalLM(LlamaConfig(**{**SHAPE, "num_hidden_layers": layers}))
     torch.set_default_dtype(torch.float32)
     return model.eval()
+
+
+def seconds(function) -> float:
+    """Of a call, by device events."""
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    function()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3

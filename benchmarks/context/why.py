@@ -22,14 +22,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from quality import BY_TOKEN, answer_in_steps, contenders
+from quality import BY_TOKEN, contenders
 
 import vestige
 from vestige.context.cache import KeptCache
 from vestige.context.policy import CachePolicy
 from vestige.context.select.base import Select
-from vestige.context.select.longheads import LongHeads
+from vestige.context.select.longheads import LongHeads, _Text
 from vestige.context.together import Together
+from vestige.core.files import write_whole
 from vestige.errors import SpecError
 from vestige.evidence.budgets import evicts
 from vestige.evidence.engine.reading import read
@@ -138,6 +139,9 @@ def watched(policy: Select, prompts: list[NeedlePrompt], seen: dict[int, torch.T
             return reading
 
     class WatchedChunks(type(policy)):  # type: ignore[misc]
+        def _attend_one(self, entries: Any, look: Any, step: Any) -> torch.Tensor:
+            return self._attend(entries, _Text(entries, look, step), 0, 1)  # as for many, which chooses in the open
+
         def _choose(self, entries: Any, text: Any, near: Any) -> torch.Tensor:
             chosen = super()._choose(entries, text, near)
             answer = torch.arange(*prompts[int(seen[-1])].answer_span, device=chosen.device) // self.chunk
@@ -181,11 +185,9 @@ def look_into_alone(
         cut = reading.cache(0, budget if evicts(policy) else None)
         share = held(cut, prompts)
         row = {"answer_held": float(share.mean()), "answer_held_where_looked_for": float(share[heads].mean())}
+        found = [recital.found for recital in recite(model, prompts, cut.fork(), steps=isinstance(policy, Select))]
         if isinstance(policy, Select):
-            found = answer_in_steps(model, prompts, cut)
             row |= answers_read(model, policy, cut, prompts, heads)
-        else:
-            found = [recital.found for recital in recite(model, prompts, cut)]
     by_depth = {str(depth): sum(f := found[n :: len(DEPTHS)]) / len(f) for n, depth in enumerate(DEPTHS)}
     row = {"prompts": len(prompts), "found": sum(found) / len(found), **row, "by_depth": by_depth}
     print(name, row, flush=True)
@@ -245,9 +247,7 @@ def main() -> None:
 
 def store(result: dict[str, Any], out: Path) -> None:
     """Write a file anew, or not at all."""
-    part = out.with_suffix(".part")
-    part.write_text(json.dumps(result, indent=1) + "\n")
-    part.replace(out)
+    write_whole(out, json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

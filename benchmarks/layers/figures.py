@@ -21,9 +21,8 @@ from typing import Any
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
-from drawing import svg, text  # noqa: E402
+from drawing import rows_of, svg, text, write  # noqa: E402
 
-OUT = HERE.parents[1] / "docs" / "figures"
 RECALL = "quality-recall.jsonl"
 DECODING, GROWS = ("decoding-h100.json", "decoding-cpu.json"), "softmax"  # the first with what grows beside the others
 
@@ -213,8 +212,7 @@ def decoding_figure(result: dict[str, Any], batch: int) -> str:
 def drawn(results: Path = HERE) -> dict[str, str]:
     """Every figure that there are results for, by the name of its file."""
     found = {}
-    if (results / RECALL).is_file():
-        rows = [json.loads(line) for line in (results / RECALL).read_text(encoding="utf-8").splitlines()]
+    if rows := rows_of(results / RECALL):
         found["recall.svg"] = recall_figure(rows)
     for name in DECODING:
         result = json.loads((results / name).read_text(encoding="utf-8")) if (results / name).is_file() else {}
@@ -223,12 +221,5 @@ def drawn(results: Path = HERE) -> dict[str, str]:
     return found
 
 
-def main() -> None:
-    OUT.mkdir(exist_ok=True)
-    for name, figure in drawn().items():
-        (OUT / name).write_text(figure, encoding="utf-8")
-        print(OUT / name)
-
-
 if __name__ == "__main__":
-    main()
+    write(drawn())

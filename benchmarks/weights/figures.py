@@ -1,4 +1,4 @@
-"""Draw the figures of docs/weights.md from the results beside this script.
+"""Draw the figures of docs/weights-results.md from the results beside this script.
 
     python benchmarks/weights/figures.py            # into docs/figures
 
@@ -7,7 +7,6 @@ Plain SVG, readable on light and dark pages; every number in them stands in the 
 
 from __future__ import annotations
 
-import json
 import sys
 from collections import defaultdict
 from functools import partial
@@ -19,9 +18,8 @@ from typing import Any
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
-from drawing import svg, text  # noqa: E402
+from drawing import rows_of, svg, text, write  # noqa: E402
 
-OUT = HERE.parents[1] / "docs" / "figures"
 ACROSS, CELL = 4, 27
 MEASURES = {
     "forget accuracy": "answered rightly: to forget",
@@ -44,7 +42,7 @@ PALETTE = ("#0f766e", "#d97706", "#7c3aed", "#dc2626", "#2563eb", "#65a30d", "#d
 
 def results(name: str) -> list[dict[str, Any]]:
     """The rows of a result that came to an end."""
-    return [row for row in json.loads((HERE / name).read_text())["rows"] if "left_out" not in row]
+    return [row for row in rows_of(HERE / name) if "left_out" not in row]
 
 
 def matrix_figure(stream: str) -> str:
@@ -201,12 +199,5 @@ def drawn() -> dict[str, str]:
     return {f"{name}.svg": draw() for name, (held, draw) in found.items() if (HERE / f"{held}.json").is_file()}
 
 
-def main() -> None:
-    OUT.mkdir(exist_ok=True)
-    for name, figure in drawn().items():
-        (OUT / name).write_text(figure, encoding="utf-8")
-        print(OUT / name)
-
-
 if __name__ == "__main__":
-    main()
+    write(drawn())
