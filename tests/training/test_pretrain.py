@@ -113,6 +113,8 @@ def test_another_description_needs_another_folder(run):
         ({"tokenizer": "bpe:100"}, SpecError, "bpe:N with N >= 258"),
         ({"tokenizer": "no/such"}, ModelError, "no tokenizer 'no/such'"),
         ({"trainer": {"nonsense": 1}}, SpecError, "TrainingArguments has no nonsense"),
+        ({"trainer": {"optim": "nonsense"}}, SpecError, "TrainingArguments refuses this: nonsense is"),
+        ({"out": "run.yaml"}, SpecError, "field 'out': .* is a file"),
     ],
 )
 def test_what_is_wrong_is_said_first(run, changes, error, words):
@@ -123,6 +125,14 @@ def test_what_is_wrong_is_said_first(run, changes, error, words):
     assert not (run.parent / "run" / "model.safetensors").exists()
     if "model" in changes:  # before a tokenizer was learnt
         assert not (run.parent / "run").exists()
+
+
+def test_the_vocabulary_is_the_tokenizers_or_larger(run):
+    assert (
+        train(read(run, steps=1, model={"blocks": "gla", "vocab_size": 320}), quiet=True).model.config.vocab_size == 320
+    )
+    with pytest.raises(SpecError, match="vocab_size is 200; the tokenizer has 258 tokens"):
+        train(read(run, steps=1, model={"blocks": "gla", "vocab_size": 200}), quiet=True, fresh=True)
 
 
 def test_the_example_is_a_description():

@@ -49,7 +49,8 @@ class Training(pydantic.BaseModel):
     Attributes:
         out: the folder for the model, its checkpoints and the ledger.
         data: files, folders and patterns of UTF-8 text.
-        model: the fields of a :class:`~vestige.models.config.VestigeConfig`; the vocabulary is the tokenizer's.
+        model: the fields of a :class:`~vestige.models.config.VestigeConfig`; ``vocab_size`` may be more than the
+            tokenizer's, which it is by default.
         tokenizer: ``bytes``, ``bpe:4096`` (learnt from the data), a folder, or a Hugging Face id.
         length: tokens per sequence.
         batch: sequences per step and process; ``accumulate`` such batches make one step.
@@ -138,6 +139,8 @@ def train(
     """
     settings = source if isinstance(source, Training) else read(source)
     files = find_files(settings.data)
+    if settings.out.is_file():
+        raise SpecError(f"field 'out': {str(settings.out)!r} is a file; allowed: a folder, which may be there already")
     _config(settings, {"vocab_size": 1})  # what cannot be built is refused before a tokenizer is made
     checkpoints = settings.out / "checkpoints"
     arguments = _arguments(settings, checkpoints, quiet)  # from here on the processes know one another
@@ -200,8 +203,10 @@ def _config(settings: Training, of_tokenizer: Mapping[str, Any]) -> VestigeConfi
         if name not in known:
             raise SpecError(f"field 'model': unknown field {name!r}; {did_you_mean(name, known)}")
     context = {"max_position_embeddings": max(settings.length, 2048)}
-    vocabulary = {"vocab_size": of_tokenizer["vocab_size"]}
-    return VestigeConfig(**{**context, **of_tokenizer, **settings.model, **vocabulary})
+    least, given = of_tokenizer["vocab_size"], settings.model.get("vocab_size")
+    if type(given) is int and given < least:
+        raise SpecError(f"field 'model': vocab_size is {given}; the tokenizer has {least} tokens (and is the default)")
+    return VestigeConfig(**{**context, **of_tokenizer, **settings.model})
 
 
 def _steps_of(checkpoint: str) -> int:
@@ -313,7 +318,10 @@ def _arguments(settings: Training, checkpoints: Path, quiet: bool) -> TrainingAr
     unknown = [name for name in settings.trainer if name not in TrainingArguments.__dataclass_fields__]
     if unknown:
         raise SpecError(f"field 'trainer': TrainingArguments has no {', '.join(unknown)}")
-    return TrainingArguments(**{**known, **settings.trainer})
+    try:
+        return TrainingArguments(**{**known, **settings.trainer})
+    except (TypeError, ValueError) as error:
+        raise SpecError(f"transformers' TrainingArguments refuses this: {str(error).splitlines()[0]}") from error
 
 
 def _same_run(settings: Training, checkpoints: Path, fresh: bool, write: bool) -> None:
