@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from vestige.cli import main
-from vestige.errors import InputError, SpecError
+from vestige.errors import InputError, ModelError, SpecError
 from vestige.evidence.data import facts
 from vestige.evidence.runs.erase import run_erasure
 from vestige.evidence.runs.retain import run_retention
@@ -115,6 +115,16 @@ def test_learners_on_a_stream_go_on_where_they_were(tmp_path, capsys):
     assert len((tmp_path / "out" / "ledger.jsonl").read_text().splitlines()) == 2  # what is known is not told twice
     assert set(again.runs) == {"finetune", "replay"} and again.runs["replay"].matrix.shape == (2, 2)
     assert list(again.table().index) == ["finetune", "replay"]
+    held = (tmp_path / "out" / "retention.yaml").read_text()
+    for changes in ({"data": {"name": "digits", "limit": 50}}, {"blur": 0.1}, {"seed": 1}):
+        with pytest.raises(SpecError, match=f"another '{next(iter(changes))}'"):
+            run_retention({**read_spec_of(spec, tmp_path), **changes})
+    with pytest.raises(SpecError, match="another training"):
+        run_retention({**read_spec_of(spec, tmp_path), "train": {"num_train_epochs": 3, "use_cpu": True}})
+    assert (tmp_path / "out" / "retention.yaml").read_text() == held
+    more = run_retention({**read_spec_of(spec, tmp_path), "learners": [*spec["learners"], "s3ft"]})
+    assert np.array_equal(more.runs["replay"].matrix, again.runs["replay"].matrix)
+    assert "s3ft" in (tmp_path / "out" / "retention.yaml").read_text()
     with pytest.raises(SpecError, match="experiences"):
         run_retention({**spec, "out": str(tmp_path / "other"), "experiences": "topic"})
     with pytest.raises(SpecError, match="blur"):
@@ -150,7 +160,8 @@ def read_spec_of(spec, folder):
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"eraser": {"name": "a2sf"}}, "eraser"),
+        ({"eraser": {"name": "a2sf"}}, "eraser.*allowed: gradient-ascent, .*ssd"),
+        ({"eraser": "retrain"}, "allowed: gradient-ascent, .*ssd"),
         ({"eraser": "sdd"}, "did you mean ssd"),
         ({"forget": {"lable": 3}}, "did you mean"),
         ({"forget": {"random": 0}}, "forget.random"),
@@ -167,6 +178,12 @@ def read_spec_of(spec, folder):
 def test_a_wrong_description_is_refused_by_name(tmp_path, changes, says):
     with pytest.raises(SpecError, match=says):
         run_erasure(erasing(tmp_path / "out", **changes))
+
+
+def test_a_reference_that_is_not_there_is_told_before_anything_is_taught(tmp_path):
+    with pytest.raises(ModelError, match="nowhere"):
+        run_erasure(erasing(tmp_path / "out", reference=str(tmp_path / "nowhere")))
+    assert not (tmp_path / "out").exists()
 
 
 def test_files_that_cannot_be_read_are_named(tmp_path):

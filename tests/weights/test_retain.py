@@ -196,6 +196,15 @@ def test_a_folder_with_another_run_is_refused(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(before.parameters(), vit().parameters(), strict=True))
 
 
+def test_a_run_that_was_refused_before_any_work_leaves_no_run_behind(tmp_path):
+    args = arguments(tmp_path, save_strategy="epoch", max_steps=1)
+    with pytest.raises(SpecError, match="'components' is 10"):
+        learn("coda-prompt", args=args)
+    learn({"name": "coda-prompt", "components": 4}, args=args)
+    with pytest.raises(SpecError, match="resume=True"):
+        learn("coda-prompt", args=args)
+
+
 def test_accumulated_micro_batches_give_the_update_of_the_whole_batch():
     whole = arguments(max_steps=2, optim="sgd", learning_rate=0.1)
     parts = arguments(max_steps=2, optim="sgd", learning_rate=0.1, per_device_train_batch_size=4)

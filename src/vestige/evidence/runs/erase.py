@@ -16,6 +16,7 @@ import yaml
 from vestige.core.files import write_whole
 from vestige.core.ledger import Ledger
 from vestige.core.method import Method
+from vestige.core.registry import registry
 from vestige.errors import SpecError
 from vestige.evidence.erasure import ErasureAudit, Relearning, audit_erasure
 from vestige.evidence.runs.models import build, load_from, teach, tokenizer_of
@@ -70,7 +71,7 @@ def run_erasure(
     spec = read_spec(Erasing, source, **changes)
     eraser = Method.from_spec(spec.eraser)
     if not isinstance(eraser, Eraser) or isinstance(eraser, Retrain):
-        raise SpecError(f"field 'eraser' is {spec.eraser!r}; allowed: an eraser that works on a trained model")
+        raise SpecError(f"field 'eraser' is {spec.eraser!r}; allowed: {', '.join(_erasers())}")
     try:
         how = Relearning(**spec.relearning)
     except TypeError:
@@ -95,15 +96,15 @@ def run_erasure(
         _save(model, tokenizer, place)
         return model
 
+    reference = None
+    if spec.reference not in (None, "retrain"):  # what is not there is told before anything is taught
+        reference = load_from(spec.reference, found.kind)
     # Written before anything is taught, so that a folder says what its models are.
     write_whole(spec.out / "erasure.yaml", yaml.safe_dump(json.loads(spec.model_dump_json()), sort_keys=False))
     before = taught("before", sets.learnt)
     model = build(spec.model, found, tokenizer) if spec.learn is None else load_from(spec.out / "before", found.kind)
-    reference = None
     if spec.reference == "retrain":
         reference = taught("retrained", sets.retain)
-    elif spec.reference is not None:
-        reference = load_from(spec.reference, found.kind)
     tell(f"erasing with {eraser.name}")
     trace = eraser.erase(model, forget=sets.forget, retain=sets.retain, batch_size=spec.batch, seed=spec.seed)
     tell(f"erased in {trace.seconds:.1f} s, {trace.stopped}; looking at what is left")
@@ -126,6 +127,12 @@ def run_erasure(
     row = audit.row(trace.method, str(spec.model.load or "new"))
     Ledger(spec.out / "ledger.jsonl").append({**row, "report": trace.report, "erasing_seconds": trace.seconds})
     return Erased(spec.out, trace, audit, model)
+
+
+def _erasers() -> list[str]:
+    """The names of the erasers that work on a trained model."""
+    of_room = (card for card in registry.cards("weights") if card.module.startswith("vestige.weights.erase."))
+    return [card.name for card in of_room if card.name != Retrain.name]
 
 
 def _plain(trace: Trace) -> dict[str, Any]:

@@ -30,6 +30,7 @@ __all__ = ["Retained", "arguments", "general_of", "run_retention", "stream_of"]
 
 LEARNT = "learnt.safetensors"
 """In a learner's folder: what it learnt beside the model's own weights, if anything, with its spec."""
+DESCRIPTION = "retention.yaml"
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,9 @@ def run_retention(
     tokenizer = tokenizer_of(spec.model) if found.kind == "text" else None
     stream, collator = stream_of(found, spec.experiences, spec.kind, tokenizer, spec.blur)
     general = general_of(found, tokenizer)
-    write_whole(spec.out / "retention.yaml", yaml.safe_dump(json.loads(spec.model_dump_json()), sort_keys=False))
+    described = spec.out / DESCRIPTION
+    if not _taken_up(spec, described):
+        write_whole(described, _text(spec))
     ledger = Ledger(spec.out / "ledger.jsonl")
     runs = {}
     for label, learner in zip(labels, learners, strict=True):
@@ -113,9 +116,33 @@ def run_retention(
         tell(f"{label}: average {runs[label].average:.3f}, forgetting {runs[label].forgetting:.3f}")
     from vestige.evidence.report.retention_page import write_retention_report
 
+    write_whole(described, _text(spec))  # with learners and settings that were added since
     done = Retained(spec.out, runs)
     write_retention_report(done, spec, spec.out / "report.html")
     return done
+
+
+def _text(spec: Retaining) -> str:
+    return yaml.safe_dump(json.loads(spec.model_dump_json()), sort_keys=False)
+
+
+def _taken_up(spec: Retaining, described: Path) -> bool:
+    """Whether the folder holds a run of this stream, to go on with.
+
+    Raises:
+        SpecError: it holds results of another.
+    """
+    if not (spec.out / "ledger.jsonl").exists() and not any(spec.out.glob("*/stream.json")):
+        return False
+    try:
+        held = yaml.safe_load(described.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError):
+        return False
+    own = json.loads(spec.model_dump_json())
+    for name in ("data", "experiences", "kind", "blur", "model", "seed"):
+        if not isinstance(held, dict) or held.get(name) != own[name]:
+            raise SpecError(f"{spec.out} holds a run with another {name!r}; name another folder")
+    return True
 
 
 def arguments(folder: Path, fields: Mapping[str, Any], seed: int) -> TrainingArguments:

@@ -47,11 +47,11 @@ class Checkpoints:
         """
         self.description = json.loads(json.dumps(description))
         there = self.root / STREAM
-        if not there.exists():
+        held: dict[str, Any] = json.loads(there.read_text()) if there.exists() else {"scores": None}
+        if held["scores"] is None and not any(self.root.glob("experience-*")):  # none, or refused before any work
             self.root.mkdir(parents=True, exist_ok=True)
             self._write({"run": self.description, "scores": None})
             return None
-        held = json.loads(there.read_text())
         if not resume:
             raise SpecError(f"{self.root} holds a run; go on with it by resume=True, or choose another output_dir")
         for name, wanted in self.description.items():
