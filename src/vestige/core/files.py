@@ -14,7 +14,7 @@ import pydantic
 from vestige.core.spec import did_you_mean
 from vestige.errors import InputError, SpecError
 
-__all__ = ["drafted", "read_description", "write_whole"]
+__all__ = ["drafted", "folder_for", "read_description", "write_whole"]
 
 T = TypeVar("T", bound=pydantic.BaseModel)
 
@@ -52,6 +52,18 @@ def write_whole(path: str | os.PathLike[str], content: str | bytes) -> Path:
     with drafted(path) as draft:
         draft.write_bytes(content.encode() if isinstance(content, str) else content)
     return Path(path)
+
+
+def folder_for(out: str | os.PathLike[str]) -> Path:
+    """A folder that results are to go to, which need not be there yet.
+
+    Raises:
+        InputError: it is a file.
+    """
+    folder = Path(out).expanduser()
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"out is {str(out)!r}, which is no folder")
+    return folder
 
 
 def read_description(

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 from vestige.core.environment import commit, hardware, versions
 from vestige.core.method import Method, did_you_mean
-from vestige.errors import LedgerError, LedgerVersionError, MissingPackageError
+from vestige.core.packages import need
+from vestige.errors import LedgerError, LedgerVersionError
 
 try:
     import fcntl
@@ -133,10 +134,9 @@ class Ledger:
         Raises:
             MissingPackageError: pandas is not installed.
         """
-        try:
-            import pandas
-        except ImportError:
-            raise MissingPackageError("pandas", "Ledger.frame()", "pip install 'vestige[report]'") from None
+        need("Ledger.frame()", "report", "pandas")
+        import pandas
+
         rows = list(self.rows())
         table = pandas.json_normalize(rows)
         always = ("time", "key", "method.name", "model", "task.name", "seed", *AMOUNTS, "commit")

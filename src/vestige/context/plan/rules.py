@@ -17,7 +17,8 @@ from vestige.context.plan.moa import window
 from vestige.context.plan.passkeys import Sample, check_samples, pass_keys
 from vestige.context.plan.windows import fingerprint
 from vestige.core.anatomy import Anatomy
-from vestige.errors import InputError, MissingPackageError, SpecError, UnsupportedModelError
+from vestige.core.packages import need
+from vestige.errors import InputError, SpecError, UnsupportedModelError
 
 if TYPE_CHECKING:
     from vestige.context.plan.moa import MoA
@@ -68,10 +69,7 @@ def choose_rules(
         UnsupportedModelError: the model is no causal language model that Vestige knows.
         MissingPackageError: scipy is absent.
     """
-    try:
-        import scipy  # noqa: F401
-    except ImportError:
-        raise MissingPackageError("scipy", "choosing rules by an integer program") from None
+    need("choosing rules by an integer program", "plan", "scipy")
     anatomy = Anatomy.of(model)
     if not anatomy.causal or anatomy.head is None:
         raise UnsupportedModelError(f"{method.name} needs a causal language model; {anatomy.architecture} is none")

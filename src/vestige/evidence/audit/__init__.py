@@ -8,7 +8,6 @@ report shows the cells of the audit just asked for.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 from collections.abc import Iterable, Mapping
@@ -16,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vestige.errors import InputError, MissingPackageError
+from vestige.core.files import folder_for
+from vestige.core.packages import need
 from vestige.evidence.audit.plan import AuditPlan, plan_audit
 from vestige.evidence.engine.bench import load_pair
 from vestige.evidence.tasks.haystack import GRAMMAR
@@ -151,12 +151,8 @@ def audit(
         batch=batch,
         quick=quick,
     )
-    for package in ("pandas", "plotly"):
-        if importlib.util.find_spec(package) is None:
-            raise MissingPackageError(package, "the audit's report", "pip install 'vestige[report]'")
-    folder = Path(out).expanduser()
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"out is {str(out)!r}, which is no folder")
+    need("the audit's report", "report", "pandas", "plotly")
+    folder = folder_for(out)
     name, network, tokenizer = load_pair(model, dtype, device)
     from vestige.evidence.audit.run import Auditor
     from vestige.evidence.report.audit_page import write_audit_report

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import vestige
-from vestige.evidence.certify.mixing import LayerCase
-from vestige.evidence.certify.suite import Seen, expect
+from vestige.evidence.certify.mixing import LayerCase, recalls_more
+from vestige.evidence.certify.suite import Seen
 from vestige.evidence.claims import claim
 from vestige.evidence.tasks.recall import PairRecall
 
@@ -15,7 +15,4 @@ def it_sees_further_than_a_window_of_its_size(case: LayerCase) -> Seen:
     task = PairRecall(pairs=4, noise=24)
     width = 16  # of a head, in the small model that is taught
     window = vestige.method("sliding-window", window=2 + (width + 1) // 2)  # keys and values of one token: 2 * width
-    mine, near = case.recall(task), case.recall(task, window)
-    seen = {"right answers": mine, "of a window of its size": near}
-    expect(min(mine) > max(near) + 0.2, f"the window does as well: {seen}")
-    return seen
+    return recalls_more(case, task, window, "a window of its size", by=0.2)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vestige.errors import MissingPackageError
+from vestige.core.packages import need
 
 if TYPE_CHECKING:
     from torch.utils.data import TensorDataset
@@ -20,10 +20,9 @@ __all__ = ["digits", "small_vit"]
 
 @functools.cache
 def _images() -> tuple[Tensor, Tensor]:
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError:
-        raise MissingPackageError("scikit-learn", "the digits", "pip install 'vestige[weights]'") from None
+    need("the digits", "weights", "sklearn")
+    from sklearn.datasets import load_digits
+
     found = load_digits()
     return torch.tensor(found.images / 16, dtype=torch.float32)[:, None], torch.tensor(found.target)
 

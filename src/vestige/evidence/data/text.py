@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vestige.core.folders import cache_folder, node_folders
+from vestige.core.packages import need
 from vestige.core.spec import did_you_mean
 from vestige.errors import InputError, MissingPackageError, SpecError
 
@@ -71,10 +72,9 @@ def read_source(source: str) -> tuple[str, ...]:
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"{place} cannot be read as text: {error}") from None
     if kind == "dataset" and colon:
-        try:
-            from datasets import load_from_disk
-        except ImportError:
-            raise MissingPackageError("datasets", f"reading {source!r}", "pip install 'vestige[weights]'") from None
+        need(f"reading {source!r}", "weights", "datasets")
+        from datasets import load_from_disk
+
         try:
             return texts_of(load_from_disk(str(Path(place).expanduser())))
         except (OSError, ValueError) as error:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vestige.errors import MissingPackageError
+from vestige.core.packages import need
 from vestige.weights.erase.eraser import Work
 from vestige.weights.erase.examples import Examples, Row
 from vestige.weights.erase.losses import IGNORED
@@ -51,14 +51,13 @@ def probe(work: Work, forget: Examples, retain: Examples) -> Probed | str:
     Raises:
         MissingPackageError: scikit-learn is not installed.
     """
-    try:
-        from sklearn.exceptions import ConvergenceWarning
-        from sklearn.linear_model import LogisticRegression
-        from sklearn.model_selection import StratifiedKFold, cross_val_predict
-        from sklearn.pipeline import make_pipeline
-        from sklearn.preprocessing import StandardScaler
-    except ImportError:
-        raise MissingPackageError("scikit-learn", "the probe", "pip install 'vestige[weights]'") from None
+    need("the probe", "weights", "sklearn")
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import StratifiedKFold, cross_val_predict
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
     read = [_states(work, examples) for examples in (forget, retain)]
     if read[0] is None or read[1] is None:
         return "rows have several labels each, or the model gives no hidden states"

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vestige.errors import MissingPackageError
+from vestige.core.packages import need
 from vestige.evidence.erasure.probe import Probed
 from vestige.evidence.erasure.relearn import Relearned, Relearning
 from vestige.evidence.statistics import Interval
@@ -129,10 +129,9 @@ class ErasureAudit:
         Raises:
             MissingPackageError: pandas is not installed.
         """
-        try:
-            import pandas
-        except ImportError:
-            raise MissingPackageError("pandas", "ErasureAudit.table()", "pip install 'vestige[report]'") from None
+        need("ErasureAudit.table()", "report", "pandas")
+        import pandas
+
         rows = [[each.value(name) for name in self.subjects] for each in self.measures]
         index = pandas.Index([each.name for each in self.measures], name="measure")
         return pandas.DataFrame(rows, index=index, columns=list(self.subjects), dtype=object)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +10,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vestige.errors import InputError, MissingPackageError
+from vestige.core.packages import need
+from vestige.errors import InputError
 
 __all__ = ["Patterns", "check_maps", "describe", "find_patterns"]
 
@@ -81,8 +81,7 @@ def find_patterns(
 
 def check_maps(maps: int, kinds: int) -> None:
     """Raise what :func:`find_patterns` raises, before there are maps."""
-    if importlib.util.find_spec("sklearn") is None:
-        raise MissingPackageError("scikit-learn", "kinds of attention patterns", "pip install 'vestige[weights]'")
+    need("kinds of attention patterns", "weights", "sklearn")
     if maps < kinds:
         raise InputError(f"there are {maps} attention maps; {kinds} kinds need at least as many")
 

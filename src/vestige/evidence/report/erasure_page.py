@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import vestige
-from vestige.errors import MissingPackageError
+from vestige.core.packages import need
 from vestige.evidence.erasure.result import ErasureAudit, Measure, written
 from vestige.evidence.report.figures import COLOURS, DASHES, MARKERS
 from vestige.evidence.report.page import Answers, Figure, Page, Section, Table, Text, write_page
@@ -24,20 +24,15 @@ SERIES = {"erased": 1, "retrained": 3, "before": 2}
 
 def write_erasure_report(audit: ErasureAudit, path: str | os.PathLike[str]) -> Path:
     """Write the page of an audit to a file."""
-    try:
-        return write_page(erasure_page(audit), path)
-    except ImportError as error:
-        if isinstance(error, MissingPackageError):
-            raise
-        raise MissingPackageError("jinja2", "ErasureAudit.report()", "pip install 'vestige[report]'") from None
+    need("ErasureAudit.report()", "report", "jinja2", "plotly")
+    return write_page(erasure_page(audit), path)
 
 
 def erasure_figure(audit: ErasureAudit) -> go.Figure:
     """Above, every share, one mark per model with its 95% interval; below, accuracy against steps of relearning."""
-    try:
-        from plotly.subplots import make_subplots
-    except ImportError:
-        raise MissingPackageError("plotly", "ErasureAudit.figure()", "pip install 'vestige[report]'") from None
+    need("ErasureAudit.figure()", "report", "plotly")
+    from plotly.subplots import make_subplots
+
     shares = [measure for measure in audit.measures if measure.unit == "share"]
     both = bool(audit.curves)
     top, below = 40 + 26 * len(shares), 260 if both else 0

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vestige.core.files import write_whole
-from vestige.errors import MissingPackageError
+from vestige.core.packages import need
 from vestige.evidence.amounts import size
 from vestige.evidence.ledgers import Read, read_ledgers
 from vestige.evidence.points import Group, Point, better, difference, points_of, shown
@@ -56,11 +56,7 @@ def report(
         SpecError: no such ledger, one without rows, or one of a version that cannot be read here.
         MissingPackageError: a package that draws the page is absent.
     """
-    import importlib.util
-
-    for package in ("jinja2", "plotly"):
-        if importlib.util.find_spec(package) is None:
-            raise MissingPackageError(package, "the report", "pip install 'vestige[report]'")
+    need("the report", "report", "jinja2", "plotly")
     read = read_ledgers([ledgers] if isinstance(ledgers, str | os.PathLike) else ledgers)
     write_page(ledger_page(read), out)
     if markdown_to is not None:

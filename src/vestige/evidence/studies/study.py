@@ -10,7 +10,6 @@ the ledger that a killed run is taken up from, the report and the certificate.
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import tempfile
 import time
@@ -19,8 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
+from vestige.core.files import folder_for
 from vestige.core.method import Method, Verdict, did_you_mean, param
-from vestige.errors import InputError, MissingPackageError, SpecError
+from vestige.core.packages import need
+from vestige.errors import SpecError
 from vestige.evidence.engine.record import Record, cell_key, progress_bar
 
 if TYPE_CHECKING:
@@ -285,7 +286,10 @@ class Study(Method):
         study, chosen = self.at(scale), _checked(seeds)
         if model is not None and self.MODEL is None:
             raise SpecError(f"{self.name} looks at no model of the user's; leave 'model' out")
-        folder = None if out is None else _folder(out)
+        folder = None
+        if out is not None:
+            need("the study's report", "report", "jinja2", "plotly")
+            folder = folder_for(out)
         from vestige.evidence.engine.bench import load_pair
         from vestige.models.hub import find_device
 
@@ -374,16 +378,6 @@ def _checked(seeds: Iterable[int]) -> tuple[int, ...]:
     if not chosen or len(set(chosen)) < len(chosen) or not all(type(s) is int and 0 <= s < 2**63 for s in chosen):
         raise SpecError(f"seeds is {chosen!r}; allowed: whole numbers, not negative, all different, at least one")
     return chosen
-
-
-def _folder(out: str | os.PathLike[str]) -> Path:
-    for package in ("jinja2", "plotly"):
-        if importlib.util.find_spec(package) is None:
-            raise MissingPackageError(package, "the study's report", "pip install 'vestige[report]'")
-    folder = Path(out).expanduser()
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"out is {str(out)!r}, which is no folder")
-    return folder
 
 
 def study_named(name: str) -> type[Study]:

@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from vestige.core.method import Paper, Verdict, param
 from vestige.layers.channels.base import Channel
-from vestige.layers.channels.swiglu import gated_width
-from vestige.layers.place import Place
+from vestige.layers.channels.swiglu import GatedLayer
 
 __all__ = ["SGLU", "SGLULayer"]
 
 
-class SGLULayer(nn.Module):
+class SGLULayer(GatedLayer):
     """``down(value(x) * gate(x))``."""
-
-    def __init__(self, channel: SGLU, place: Place) -> None:
-        super().__init__()
-        width = channel.width or place.intermediate_size or gated_width(place.hidden_size)
-        self.gate_proj = nn.Linear(place.hidden_size, width, bias=False)
-        self.up_proj = nn.Linear(place.hidden_size, width, bias=False)
-        self.down_proj = nn.Linear(width, place.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(self.gate_proj(x) * self.up_proj(x))

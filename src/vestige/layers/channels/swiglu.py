@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -20,7 +22,7 @@ def gated_width(hidden_size: int) -> int:
 class GatedLayer(nn.Module):
     """``down(act(gate(x)) * up(x))``."""
 
-    def __init__(self, channel: SwiGLU, place: Place) -> None:
+    def __init__(self, channel: Any, place: Place) -> None:
         super().__init__()
         width = channel.width or place.intermediate_size or gated_width(place.hidden_size)
         self.gate_proj = nn.Linear(place.hidden_size, width, bias=False)
