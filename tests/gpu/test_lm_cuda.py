@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from vestige.core.ledger import Ledger
 from vestige.layers.mixers.base import Mixer
 from vestige.models import VestigeConfig, VestigeLM
 from vestige.models.blocks import names_of
+from vestige.training.pretrain import train
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 two = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
@@ -68,6 +70,29 @@ def test_blocks_on_two_devices(tmp_path, beams):
         atol=1e-4,
         rtol=1e-4,
     )
+
+
+@two
+def test_the_trainers_way_with_two_devices_and_one_process():
+    """It wraps the model in nn.DataParallel, in training and in evaluation."""
+    model, text = build("gated-delta-net softmax lizard(window=8)").cuda(), tokens(4, 20).cuda()
+    both = torch.nn.DataParallel(model)
+    for mode in (True, False):
+        due, seen = (each.train(mode)(input_ids=text, labels=text) for each in (model, both))
+        torch.testing.assert_close(seen.logits, due.logits, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(seen.loss.mean(), due.loss, atol=1e-4, rtol=1e-4)
+    seen.loss.mean().backward()
+    assert all(weight.grad is not None for weight in model.parameters())
+
+
+@two
+def test_one_process_trains_on_one_device(tmp_path):
+    (tmp_path / "text.txt").write_text("the cat sat on the mat and the rat ran after the cat. " * 60)
+    sizes = {"blocks": "gla softmax", "hidden_size": 32, "num_attention_heads": 2}
+    given = {"out": str(tmp_path / "run"), "data": [str(tmp_path / "text.txt")], "model": sizes, "steps": 20}
+    trained = train({**given, "length": 32, "batch": 4, "learning_rate": 1e-2, "warmup": 2}, quiet=True)
+    (row,) = Ledger(tmp_path / "run" / "ledger.jsonl").rows()
+    assert trained.finished and trained.loss < 4 and row["tokens"] == 20 * 4 * 32
 
 
 SHARDED = """

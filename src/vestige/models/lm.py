@@ -126,7 +126,8 @@ class VestigeModel(VestigePreTrainedModel):
             attention_mask: zero at padding, for the tokens of earlier passes too. Padding stands on the left.
             position_ids: place of each token in its text; worked out from the mask and the state if not given.
             past_key_values: what was held before; brought up to date.
-            use_cache: whether to return a state; default: the config's, and not while training.
+            use_cache: whether to return a state; default: the config's, and neither while training nor from a replica
+                of ``nn.DataParallel``.
             cu_seqlens: where sequences that are packed into one row begin and end: 0, ends. Or ``cu_seq_lens_q``, as
                 transformers' collators name it, or, for any number of rows, ``position_ids`` that begin anew.
             output_hidden_states: whether to return the stream before every block and at the end.
@@ -156,7 +157,8 @@ class VestigeModel(VestigePreTrainedModel):
             raise InputError("gradient checkpointing runs blocks twice, so they cannot write a state; turn one off")
         cu_seqlens = kwargs.get("cu_seq_lens_q") if cu_seqlens is None else cu_seqlens
         layout = self._layout(x, attention_mask, position_ids, past_key_values, cu_seqlens, kwargs)
-        use_cache = self.config.use_cache and not self.training if use_cache is None else use_cache
+        if use_cache is None:  # nn.DataParallel cannot join the states of its replicas
+            use_cache = self.config.use_cache and not self.training and not hasattr(self, "_is_replica")
         if use_cache and past_key_values is None and layout.starts is None and not checkpointing:
             past_key_values = self.new_state()
         if self.config.scale_embeddings:

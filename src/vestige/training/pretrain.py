@@ -144,6 +144,7 @@ def train(
     _config(settings, {"vocab_size": 1})  # what cannot be built is refused before a tokenizer is made
     checkpoints = settings.out / "checkpoints"
     arguments = _arguments(settings, checkpoints, quiet)  # from here on the processes know one another
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # a process has one device; the Trainer would take all that it sees
     with arguments.main_process_first(desc="tokenizer"):
         first = arguments.process_index == 0
         _same_run(settings, checkpoints, fresh and first, write=first)
