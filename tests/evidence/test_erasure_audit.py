@@ -110,6 +110,10 @@ def test_wrong_sets_are_refused(models):
         audit_erasure(models[0], [], SETS["retain"])
     with pytest.raises(InputError, match="retrained"):
         audit_erasure(models[0], SETS["forget"], SETS["retain"], reference="model")
+    with pytest.raises(InputError, match="the erased model is a NoneType"):
+        audit_erasure(None, SETS["forget"], SETS["retain"])
+    with pytest.raises(InputError, match=r"before model takes input_ids and answers with tokens; allowed: .* pixel"):
+        audit_erasure(models[0], SETS["forget"], SETS["retain"], before=tiny_model("llama"))
     with pytest.raises(SpecError, match="rows"):
         audit_erasure(models[0], SETS["forget"], SETS["retain"], rows=0)
     with pytest.raises(SpecError, match="goal"):

@@ -276,6 +276,10 @@ def test_language_models_are_scored_by_likelihood():
     assert run.matrix[0, 0] > run.untrained[0]
     assert len(run.general) == 3
     assert run.general_kept == run.general[-1] - run.general[0]
+    with torch.no_grad():
+        each = [model.eval()(**{k: v[None] for k, v in row.items()}).loss for row in Text(2)]
+    assert run.metrics()["perplexity"] == pytest.approx(float(torch.stack(each).mean().exp()), rel=1e-4)
+    assert run.metrics()["perplexity_before"] == pytest.approx(np.exp(-run.general[0]))
 
 
 def test_sums_of_learners():

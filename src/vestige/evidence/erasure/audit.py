@@ -66,7 +66,8 @@ def audit_erasure(
         seed: of all draws.
 
     Raises:
-        InputError: a set is empty, ``forget`` overlaps with another set, labels are out of range, or a model is none.
+        InputError: a set is empty, ``forget`` overlaps with another set, labels are out of range, or a model is none or
+            of another kind than the erased one.
         SpecError: ``rows`` or ``batch_size`` out of range.
         MissingPackageError: scikit-learn is not installed.
     """
@@ -75,10 +76,12 @@ def audit_erasure(
         if type(value) is not int or value < 1:
             raise SpecError(f"parameter {name!r} is {value!r}; allowed: a whole number >= 1")
     models = {ERASED: model, RETRAINED: reference, BEFORE: before}
-    subjects = {name: each for name, each in models.items() if each is not None}
+    subjects = {name: each for name, each in models.items() if each is not None or name == ERASED}
     for name, each in subjects.items():
         if not isinstance(each, nn.Module):
             raise InputError(f"the {name} model is a {type(each).__name__}; allowed: a torch.nn.Module")
+        if (own := _kind(each)) != (wanted := _kind(model)):
+            raise InputError(f"the {name} model {own}; allowed: one that, as the erased one, {wanted}")
     given = {"forget": forget, "retain": retain, "unseen": unseen, "paraphrases": paraphrases}
     sources = {name: source for name, source in given.items() if source is not None}
     reader = Reader.of(model, collate)
@@ -109,6 +112,12 @@ def audit_erasure(
         seconds=time.perf_counter() - began,
     )
     return audit
+
+
+def _kind(model: nn.Module) -> str:
+    """What a model is given and what it answers with."""
+    reader = Reader.of(model, None)
+    return f"takes {reader.inputs} and answers with {'tokens' if reader.causal else f'{reader.classes} labels'}"
 
 
 class _Looked:

@@ -24,8 +24,11 @@ COLUMNS = {
     "average": "average at the end",
     "forgetting": "forgetting",
     "plasticity": "just after learning",
+    "backward_transfer": "backward transfer",
     "forward_transfer": "forward transfer",
     "general_kept": "general, change",
+    "perplexity_before": "perplexity of general text, before",
+    "perplexity": "at the end",
     "replay_bytes": "bytes of examples",
     "state_bytes": "bytes of state",
     "seconds": "seconds",
@@ -81,7 +84,7 @@ def retention_page(done: Retained, spec: Retaining) -> Page:
 def _cell(name: str, value: Any) -> str:
     if name.endswith("bytes"):
         return f"{int(value):,}"
-    return f"{value:.1f}" if name == "seconds" else f"{value:.3f}"
+    return f"{value:.1f}" if name == "seconds" or name.startswith("perplexity") else f"{value:.3f}"
 
 
 def _method(spec: Retaining) -> str:

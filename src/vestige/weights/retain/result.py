@@ -90,6 +90,14 @@ class ContinualRun:
         """Score on general text at the end less that at the start; ``None`` if it was not measured."""
         return float(self.general[-1] - self.general[0]) if len(self.general) else None
 
+    @property
+    def perplexity(self) -> tuple[float, float] | None:
+        """Perplexity of general text before the first experience and after the last; ``None`` if it was not measured,
+        or where answers are right or wrong."""
+        if self.unit != "log-likelihood" or not len(self.general):
+            return None
+        return float(np.exp(-self.general[0])), float(np.exp(-self.general[-1]))
+
     def metrics(self) -> dict[str, float]:
         """The numbers above by name."""
         found = {
@@ -100,7 +108,11 @@ class ContinualRun:
             "plasticity": self.plasticity,
             "overhead": self.overhead,
         }
-        return found if self.general_kept is None else {**found, "general_kept": self.general_kept}
+        if self.general_kept is not None:
+            found["general_kept"] = self.general_kept
+        if self.perplexity is not None:
+            found["perplexity_before"], found["perplexity"] = self.perplexity
+        return found
 
     def row(self, model: str = "") -> dict[str, Any]:
         """A row for the :class:`~vestige.core.ledger.Ledger`."""
