@@ -21,12 +21,14 @@ from vestige.errors import SpecError
 from vestige.evidence.erasure import ErasureAudit, Relearning, audit_erasure
 from vestige.evidence.runs.models import build, load_from, teach, tokenizer_of
 from vestige.evidence.runs.sources import Row, chosen, encoded, examples
-from vestige.evidence.runs.spec import Erasing, read_spec
+from vestige.evidence.runs.spec import Erasing, differing, read_spec, write_spec
 from vestige.training.quiet import without_bars
 from vestige.weights.erase.eraser import Eraser, Trace
 from vestige.weights.erase.retrain import Retrain
 
 __all__ = ["Erased", "run_erasure"]
+
+DESCRIPTION = "erasure.yaml"
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,7 @@ def run_erasure(
     if spec.reference not in (None, "retrain"):  # what is not there is told before anything is taught
         reference = load_from(spec.reference, found.kind)
     # Written before anything is taught, so that a folder says what its models are.
-    write_whole(spec.out / "erasure.yaml", yaml.safe_dump(json.loads(spec.model_dump_json()), sort_keys=False))
+    write_spec(spec, spec.out / DESCRIPTION)
     before = taught("before", sets.learnt)
     model = build(spec.model, found, tokenizer) if spec.learn is None else load_from(spec.out / "before", found.kind)
     if spec.reference == "retrain":
@@ -142,7 +144,6 @@ def _plain(trace: Trace) -> dict[str, Any]:
 
 def _check_folder(spec: Erasing, fresh: bool) -> None:
     """Refuse a folder whose models were taught otherwise; with ``fresh`` they are removed."""
-    place = spec.out / "erasure.yaml"
     models = [spec.out / name for name in ("before", "retrained") if (spec.out / name).is_dir()]
     if fresh:
         for folder in models:
@@ -150,16 +151,14 @@ def _check_folder(spec: Erasing, fresh: bool) -> None:
         return
     if not models:
         return
-    own = json.loads(spec.model_dump_json())
     try:
-        held = yaml.safe_load(place.read_text(encoding="utf-8"))
+        other = differing(spec, spec.out / DESCRIPTION, ("data", "forget", "model", "learn", "seed"))
     except (OSError, yaml.YAMLError):
-        held = None
-    for name in ("data", "forget", "model", "learn", "seed"):
-        if not isinstance(held, dict) or held.get(name) != own[name]:
-            raise SpecError(
-                f"{spec.out} holds models that were taught with another {name!r}; name another folder, or ask for fresh"
-            )
+        other = "data"
+    if other is not None:
+        raise SpecError(
+            f"{spec.out} holds models that were taught with another {other!r}; name another folder, or ask for fresh"
+        )
 
 
 def _save(model: Any, tokenizer: Any, place: Path) -> None:

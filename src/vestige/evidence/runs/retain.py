@@ -11,12 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from vestige.core.files import write_whole
 from vestige.core.ledger import Ledger
 from vestige.errors import InputError, SpecError
 from vestige.evidence.runs.models import build, tokenizer_of
 from vestige.evidence.runs.sources import Examples, encoded, examples
-from vestige.evidence.runs.spec import Retaining, read_spec
+from vestige.evidence.runs.spec import Retaining, differing, read_spec, write_spec
 from vestige.training.quiet import without_talk_of_times
 from vestige.weights.retain import ContinualRun, ContinualTrainer, Learner, Stream
 from vestige.weights.retain.checkpoint import write_tensors
@@ -91,7 +90,7 @@ def run_retention(
     general = general_of(found, tokenizer)
     described = spec.out / DESCRIPTION
     if not _taken_up(spec, described):
-        write_whole(described, _text(spec))
+        write_spec(spec, described)
     ledger = Ledger(spec.out / "ledger.jsonl")
     runs = {}
     for label, learner in zip(labels, learners, strict=True):
@@ -116,14 +115,10 @@ def run_retention(
         tell(f"{label}: average {runs[label].average:.3f}, forgetting {runs[label].forgetting:.3f}")
     from vestige.evidence.report.retention_page import write_retention_report
 
-    write_whole(described, _text(spec))  # with learners and settings that were added since
+    write_spec(spec, described)  # with learners and settings that were added since
     done = Retained(spec.out, runs)
     write_retention_report(done, spec, spec.out / "report.html")
     return done
-
-
-def _text(spec: Retaining) -> str:
-    return yaml.safe_dump(json.loads(spec.model_dump_json()), sort_keys=False)
 
 
 def _taken_up(spec: Retaining, described: Path) -> bool:
@@ -135,13 +130,11 @@ def _taken_up(spec: Retaining, described: Path) -> bool:
     if not (spec.out / "ledger.jsonl").exists() and not any(spec.out.glob("*/stream.json")):
         return False
     try:
-        held = yaml.safe_load(described.read_text(encoding="utf-8"))
+        other = differing(spec, described, ("data", "experiences", "kind", "blur", "model", "seed"))
     except (OSError, yaml.YAMLError):
         return False
-    own = json.loads(spec.model_dump_json())
-    for name in ("data", "experiences", "kind", "blur", "model", "seed"):
-        if not isinstance(held, dict) or held.get(name) != own[name]:
-            raise SpecError(f"{spec.out} holds a run with another {name!r}; name another folder")
+    if other is not None:
+        raise SpecError(f"{spec.out} holds a run with another {other!r}; name another folder")
     return True
 
 

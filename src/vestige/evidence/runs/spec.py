@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
 
 import pydantic
+import yaml
 
-from vestige.core.files import read_description
+from vestige.core.files import read_description, write_whole
 
-__all__ = ["Data", "Erasing", "Learning", "Model", "Retaining", "read_spec"]
+__all__ = ["Data", "Erasing", "Learning", "Model", "Retaining", "differing", "read_spec", "write_spec"]
 
 
 class _Part(pydantic.BaseModel):
@@ -171,3 +173,14 @@ def read_spec(kind: type[T], source: str | os.PathLike[str] | Mapping[str, Any] 
         data = data.model_copy(update={"file": base / data.file.expanduser()})
     out = Path(os.path.normpath(base / spec.out.expanduser()))  # type: ignore[attr-defined]
     return spec.model_copy(update={"out": out, "data": data})
+
+
+def write_spec(spec: Erasing | Retaining, place: Path) -> None:
+    """Keep a description in a file."""
+    write_whole(place, yaml.safe_dump(json.loads(spec.model_dump_json()), sort_keys=False))
+
+
+def differing(spec: Erasing | Retaining, place: Path, names: Iterable[str]) -> str | None:
+    """The first of some fields in which a description differs from that kept in a file; ``None``: in none of them."""
+    own, held = json.loads(spec.model_dump_json()), yaml.safe_load(place.read_text(encoding="utf-8"))
+    return next((name for name in names if not isinstance(held, dict) or held.get(name) != own[name]), None)
