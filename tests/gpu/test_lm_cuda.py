@@ -1,5 +1,6 @@
 """The model on CUDA: rows that are packed each in its own way, blocks on two devices, shards on two."""
 
+import copy
 import os
 import subprocess
 import sys
@@ -8,11 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from vestige.core.ledger import Ledger
 from vestige.layers.mixers.base import Mixer
+from vestige.layers.mixers.sliding_window import SlidingWindow
 from vestige.models import VestigeConfig, VestigeLM
 from vestige.models.blocks import names_of
+from vestige.models.convert import convert
+from vestige.models.tiny import tiny_model
 from vestige.training.pretrain import train
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -73,6 +78,25 @@ def test_blocks_on_two_devices(tmp_path, beams):
 
 
 @two
+def test_converted_layers_on_two_devices(tmp_path):
+    model = copy.deepcopy(tiny_model("llama"))
+    model.save_pretrained(tmp_path)
+    layers = {f"model.layers.{n}": n % 2 for n in range(model.config.num_hidden_layers)}
+    spread = AutoModelForCausalLM.from_pretrained(
+        tmp_path, device_map={"model.embed_tokens": 0, "model.rotary_emb": 0, "model.norm": 1, "lm_head": 0, **layers}
+    )
+    text, mask = tokens(2, 20).cuda(), torch.ones(2, 20, dtype=torch.long).cuda()
+    mask[0, :6] = 0
+    told = {"attention_mask": mask, "max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "num_beams": 2}
+    written = []
+    for each in (model.cuda(), spread):
+        torch.manual_seed(1)
+        with convert(each, SlidingWindow(window=8)):
+            written.append(each.generate(text, **told))
+    assert torch.equal(*written)
+
+
+@two
 def test_the_trainers_way_with_two_devices_and_one_process():
     """It wraps the model in nn.DataParallel, in training and in evaluation."""
     model, text = build("gated-delta-net softmax lizard(window=8)").cuda(), tokens(4, 20).cuda()
@@ -97,7 +121,7 @@ def test_one_process_trains_on_one_device(tmp_path):
 
 SHARDED = """
 import torch, torch.distributed as dist
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import fully_shard
 from tests.gpu.test_lm_cuda import EVERY_KIND, build, tokens
 
 dist.init_process_group("nccl")

@@ -123,7 +123,8 @@ class ConvertedAttention(nn.Module):
         state = None if cache is None else state_of(cache, self.layer_idx)
         past = 0 if state is None else state.seen
         batch, length, _ = x.shape
-        held, starts = self.current.held, self.current.starts
+        told = self.current.held, self.current.starts  # on the device where the model begins
+        held, starts = (None if mask is None else mask.to(x.device) for mask in told)
         if held is not None and held.shape != (batch, past + length):
             raise InputError(f"attention_mask is {tuple(held.shape)}; {(batch, past + length)} is due")
         layout = _HostLayout(
