@@ -138,5 +138,10 @@ def decode_figure() -> str:
     return svg(800, int(at + 14), parts, "Milliseconds a decoding step")
 
 
+def drawn() -> dict[str, str]:
+    """The figures, by the names of their files."""
+    return {"quality.svg": quality_figure(), "decode.svg": decode_figure()}
+
+
 if __name__ == "__main__":
-    write({"quality.svg": quality_figure(), "decode.svg": decode_figure()})
+    write(drawn())

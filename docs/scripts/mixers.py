@@ -10,7 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from pages import ROOT, put, table
+from pages import ROOT, put, table, update
 
 from vestige.core.registry import registry
 from vestige.layers.footprint import footprint
@@ -18,7 +18,7 @@ from vestige.layers.mixers.base import Mixer
 from vestige.layers.place import Place
 from vestige.models.blocks import names_of
 
-PAGE = ROOT / "docs" / "layers.md"
+PAGES = (ROOT / "docs" / "layers.md",)
 PLACE = Place(hidden_size=64, heads=4, index=1, layers=4)
 TOKENS = 260  # more than any window; the further ones are whole blocks, so that memories stand where they stood
 
@@ -35,10 +35,13 @@ def mixers() -> list[str]:
     return table(heads, [cells for _, _, cells in sorted(rows)])
 
 
+TABLES = {"mixers": mixers}
+
+
 def written(page: str) -> str:
     """The page with the table of now."""
     return put(page, "mixers", mixers())
 
 
 if __name__ == "__main__":
-    PAGE.write_text(written(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    update(PAGES, written)

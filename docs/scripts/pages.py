@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["ROOT", "Rows", "put", "rows_of", "table"]
+__all__ = ["ROOT", "Rows", "put", "rows_of", "table", "update"]
 
 ROOT = Path(__file__).resolve().parents[2]
 Rows = list[dict[str, Any]]
@@ -34,3 +34,9 @@ def put(page: str, name: str, lines: Sequence[str]) -> str:
         return page
     before, _, rest = page.partition(begin)
     return "\n".join([before + begin, "", *lines, "", end]) + rest.partition(end)[2]
+
+
+def update(pages: Sequence[Path], written: Callable[[str], str]) -> None:
+    """Pages with their tables of now."""
+    for place in pages:
+        place.write_text(written(place.read_text(encoding="utf-8")), encoding="utf-8")

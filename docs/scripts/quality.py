@@ -15,7 +15,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from pages import ROOT, Rows, put, rows_of, table
+from pages import ROOT, Rows, put, rows_of, table, update
 
 RESULTS = ROOT / "benchmarks" / "layers"
 PAGES = (ROOT / "docs" / "layers.md", ROOT / "docs" / "studies.md")
@@ -146,5 +146,4 @@ def written(page: str) -> str:
 
 
 if __name__ == "__main__":
-    for path in PAGES:
-        path.write_text(written(path.read_text(encoding="utf-8")), encoding="utf-8")
+    update(PAGES, written)

@@ -11,9 +11,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from pages import ROOT, Rows, put, rows_of, table
+from pages import ROOT, Rows, put, rows_of, table, update
 
-RESULTS, PAGE = ROOT / "benchmarks" / "layers", ROOT / "docs" / "layers.md"
+RESULTS, PAGES = ROOT / "benchmarks" / "layers", (ROOT / "docs" / "layers.md",)
 PATHS = ("ours", "fla", "kernels", "own")  # in the order in which a layer would take them
 TITANS = ("vestige", "titans-pytorch, gates per token", "titans-pytorch, gates per block")
 WORDS = {"fla": "fla", "kernels": "kernels of ours", "own": "portable"}
@@ -157,4 +157,4 @@ def written(page: str) -> str:
 
 
 if __name__ == "__main__":
-    PAGE.write_text(written(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    update(PAGES, written)

@@ -14,7 +14,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from pages import ROOT, Rows, put, rows_of, table
+from pages import ROOT, Rows, put, rows_of, table, update
 
 RESULTS = ROOT / "benchmarks" / "weights"
 PAGES = [ROOT / "docs" / name for name in ("weights.md", "weights-results.md")]
@@ -336,5 +336,4 @@ def written(page: str) -> str:
 
 
 if __name__ == "__main__":
-    for place in PAGES:
-        place.write_text(written(place.read_text(encoding="utf-8")), encoding="utf-8")
+    update(PAGES, written)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
-
 import pytest
 
 from vestige.errors import SpecError
@@ -12,8 +9,6 @@ from vestige.layers.footprint import footprint
 from vestige.layers.mixers.gla import GLA
 from vestige.layers.mixers.softmax import Softmax
 from vestige.layers.place import Place
-
-SCRIPT = Path(__file__).resolve().parents[2] / "docs" / "scripts" / "mixers.py"
 
 
 def test_what_is_held_is_what_shapes_say():
@@ -25,14 +20,3 @@ def test_what_is_held_is_what_shapes_say():
     assert (state.nbytes, state.per_token) == (4 * 4 * 8 * 4, 0)
     with pytest.raises(SpecError, match="tokens = 0"):
         footprint(GLA(), place, 0)
-
-
-def test_the_table_in_the_documentation_is_true():
-    """Each registered mixer has its row: bytes as measured, and how it forgets as its class says."""
-    spec = importlib.util.spec_from_file_location("mixers_table", SCRIPT)
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-    page = script.PAGE.read_text(encoding="utf-8")
-    due = script.written(page)
-    wrong = sorted(set(due.splitlines()) ^ set(page.splitlines()))
-    assert page == due, f"run python docs/scripts/mixers.py; these rows differ: {wrong}"
