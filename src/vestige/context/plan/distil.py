@@ -83,16 +83,7 @@ def learn_gates(
     ):
         if not allowed:
             raise SpecError(f"{method.name}: {name!r} is {value!r}; allowed: more than 0")
-    least = method.sinks + method.recent
-    if samples is None:
-        if tokenizer is None:
-            raise InputError(f"{method.name}: fitting needs a tokenizer to write texts with, or samples")
-        lengths = lengths or _lengths(least, anatomy.max_positions)
-        if min(lengths) <= least:
-            raise InputError(_too_short(method, min(lengths)))
-        samples = list(itertools.islice(pass_keys(tokenizer, lengths, seed=seed), steps))
-    check_samples(samples, anatomy, least, f"every head would hold all of it ({least} tokens)")
-
+    samples = _texts(method, anatomy, tokenizer, samples, lengths, steps, seed)
     device = next(anatomy.base.parameters()).device
     gates = torch.ones(anatomy.num_layers, anatomy.num_kv_heads, device=device, requires_grad=True)
     course = torch.zeros_like(gates, requires_grad=False)
@@ -130,6 +121,31 @@ def learn_gates(
                 progress(step + 1, steps)
     found = (1 - TIE) * gates.detach() + TIE * course / steps
     return method.replace(gates=table(found, digits=6), fitted_on=fingerprint(anatomy))
+
+
+def _texts(
+    method: DuoAttention,
+    anatomy: Anatomy,
+    tokenizer: Any,
+    samples: Sequence[Sample] | None,
+    lengths: Sequence[int] | None,
+    steps: int,
+    seed: int,
+) -> Sequence[Sample]:
+    """What is learnt from: the texts given, or such with pass keys."""
+    least = method.sinks + method.recent
+    if samples is None:
+        if tokenizer is None:
+            raise InputError(f"{method.name}: fitting needs a tokenizer to write texts with, or samples")
+        lengths = lengths or _lengths(least, anatomy.max_positions)
+        if min(lengths) <= least:
+            raise InputError(
+                f"{method.name}: texts of {min(lengths)} tokens are too short: a streaming head holds sinks + recent = "
+                f"{least}, so that no head would lose anything"
+            )
+        samples = list(itertools.islice(pass_keys(tokenizer, lengths, seed=seed), steps))
+    check_samples(samples, anatomy, least, f"every head would hold all of it ({least} tokens)")
+    return samples
 
 
 def _losses(anatomy: Anatomy, attention: GatedAttention, gates: Tensor, sample: Sample) -> tuple[Tensor, Tensor]:
@@ -208,13 +224,6 @@ def _lengths(least: int, most: int) -> list[int]:
     """Ten lengths from twice to ten times what a streaming head holds, as far as the model reads."""
     top = min(10 * least, most)
     return [round(2 * least + part * (top - 2 * least) / 9) for part in range(10)] if top > 2 * least else [top]
-
-
-def _too_short(method: DuoAttention, length: int) -> str:
-    return (
-        f"{method.name}: texts of {length} tokens are too short: a streaming head holds sinks + recent = "
-        f"{method.sinks + method.recent}, so that no head would lose anything"
-    )
 
 
 class _Training:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
 
-from vestige.context.plan.windows import HeadWindows, Table
+from vestige.context.plan.windows import HeadWindows, Table, window
 from vestige.core.anatomy import Anatomy
 from vestige.core.method import Paper, Verdict, param
 from vestige.errors import SpecError
@@ -95,10 +94,3 @@ class MoA(HeadWindows):
 
     def lossless(self, tokens: int) -> Self:
         return self.replace(recent=tokens)
-
-
-def window(alpha: float, beta: float, seen: int, least: int) -> int | None:
-    """Recent tokens that a rule keeps of ``seen``; ``None`` for all, where it grows as the text does."""
-    if beta >= 1 and alpha >= 0:
-        return None
-    return max(least, math.floor(alpha + beta * seen))

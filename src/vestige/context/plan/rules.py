@@ -13,9 +13,8 @@ import torch
 from torch import nn
 
 from vestige.context.plan.influence import influence
-from vestige.context.plan.moa import window
 from vestige.context.plan.passkeys import Sample, check_samples, pass_keys
-from vestige.context.plan.windows import fingerprint
+from vestige.context.plan.windows import fingerprint, window
 from vestige.core.anatomy import Anatomy
 from vestige.core.packages import need
 from vestige.errors import InputError, SpecError, UnsupportedModelError

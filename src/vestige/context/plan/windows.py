@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,7 +25,7 @@ from vestige.core.folders import cache_folder
 from vestige.core.method import param
 from vestige.errors import InputError, SpecError
 
-__all__ = ["ALL", "HeadWindows", "Table", "fingerprint", "highest", "save_plan", "table"]
+__all__ = ["ALL", "HeadWindows", "Table", "fingerprint", "highest", "save_plan", "table", "window"]
 
 Table = tuple[tuple[float, ...], ...]
 
@@ -209,6 +210,13 @@ def highest(values: Table, share: float) -> tuple[tuple[bool, ...], ...]:
     heads.sort(key=lambda entry: (-entry[0], entry[1], entry[2]))
     chosen = {(layer, head) for _, layer, head in heads[: round(share * len(heads))]}
     return tuple(tuple((layer, head) in chosen for head in range(len(row))) for layer, row in enumerate(values))
+
+
+def window(alpha: float, beta: float, seen: int, least: int) -> int | None:
+    """Recent tokens that a rule keeps of ``seen``; ``None`` for all, where it grows as the text does."""
+    if beta >= 1 and alpha >= 0:
+        return None
+    return max(least, math.floor(alpha + beta * seen))
 
 
 def fingerprint(anatomy: Anatomy) -> str:
