@@ -87,8 +87,9 @@ def test_frozen_weights_stay_and_a_frozen_model_is_refused():
 
 def test_rows_that_cannot_be_stacked_and_models_without_logits_are_refused_before_any_work():
     sets = split()
-    rows = [{"pixel_values": image, "label": int(label)} for image, label in zip(*sets["retain"].tensors, strict=True)]
-    assert GradientAscent(epochs=1).erase(vit(), forget=sets["forget"], retain=rows).history  # transformers' other name
+    pairs = zip(*sets["retain"].tensors, strict=True)
+    rows = [{"pixel_values": image, "label": int(label), "file": "of no use to the model"} for image, label in pairs]
+    assert GradientAscent(epochs=1).erase(vit(), forget=sets["forget"], retain=rows).history
     rows[7]["pixel_values"] = rows[7]["pixel_values"][:, :4]
     with pytest.raises(InputError, match=r"row 7 of retain: pixel_values is \(1, 4, 8\).* \(1, 8, 8\)"):
         SSD().erase(vit(), forget=sets["forget"], retain=rows)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,11 +10,20 @@ from torch import Tensor, nn
 
 from vestige.errors import InputError, UnsupportedModelError
 
-__all__ = ["IGNORED", "by_number", "label_count", "logits_of", "predicts_tokens", "within"]
+__all__ = ["IGNORED", "accepted", "by_number", "label_count", "logits_of", "predicts_tokens", "within"]
 
 
 IGNORED = -100
 """The label of tokens that do not count, as in transformers."""
+
+
+def accepted(model: nn.Module) -> frozenset[str] | None:
+    """The columns of a row that a model takes, ``labels`` among them; ``None`` where its forward does not name any."""
+    asked = getattr(model, "get_base_model", None)  # of PEFT, whose own forward takes everything
+    base = asked() if callable(asked) else model
+    kinds = inspect.signature(base.forward).parameters.values()
+    names = {each.name for each in kinds if each.kind in (each.POSITIONAL_OR_KEYWORD, each.KEYWORD_ONLY)}
+    return frozenset(names | {"labels", "label"}) if names else None
 
 
 def by_number(source: Any, name: str) -> Any:

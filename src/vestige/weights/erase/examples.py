@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from vestige.errors import InputError, UnsupportedModelError
 from vestige.weights.erase.losses import IGNORED
-from vestige.weights.rows import by_number, label_count, predicts_tokens, within
+from vestige.weights.rows import accepted, by_number, label_count, predicts_tokens, within
 
 __all__ = ["Examples", "Reader", "Row", "checked", "disjoint"]
 
@@ -30,6 +30,7 @@ class Reader:
         classes: how many labels there are; ``None`` where the model does not say.
         padding: the token id that fills up short rows.
         collate: puts rows together in place of the usual way.
+        columns: what of a row is for the model; ``None`` for all of it.
     """
 
     inputs: str
@@ -37,6 +38,7 @@ class Reader:
     classes: int | None
     padding: int
     collate: Collate | None
+    columns: frozenset[str] | None = None
 
     @classmethod
     def of(cls, model: nn.Module, collate: Collate | None) -> Reader:
@@ -53,7 +55,8 @@ class Reader:
         padding = getattr(config, "pad_token_id", None)
         padding = padding if isinstance(padding, int) and padding >= 0 else 0
         name = getattr(model, "main_input_name", "pixel_values")
-        return cls(name, predicts_tokens(model), label_count(model), padding, collate)
+        columns = accepted(model) if collate is None else None
+        return cls(name, predicts_tokens(model), label_count(model), padding, collate, columns)
 
     def row(self, found: Any, where: str) -> Row:
         """A row of a dataset as tensors, with ``labels``."""
@@ -61,14 +64,15 @@ class Reader:
             found = {self.inputs: found[0], "labels": found[1]}
         if not isinstance(found, Mapping):
             raise InputError(f"{where} is a {type(found).__name__}; allowed: a mapping, or (input, label)")
-        row = {key: torch.as_tensor(value) for key, value in found.items()}
+        taken = found.keys() if self.columns is None else found.keys() & self.columns
+        row = {key: torch.as_tensor(found[key]) for key in found if key in taken}
         if "labels" not in row and "label" in row:
             row["labels"] = row.pop("label")
         if "labels" not in row and self.causal and "input_ids" in row:
             held = row.get("attention_mask", torch.ones_like(row["input_ids"])).bool()
             row["labels"] = row["input_ids"].masked_fill(~held, IGNORED)
         if "labels" not in row:
-            raise InputError(f"{where} has no 'labels'; it has {', '.join(sorted(row))}")
+            raise InputError(f"{where} has no 'labels'; it has {', '.join(sorted(found))}")
         return row
 
     def check(self, row: Row, where: str) -> None:

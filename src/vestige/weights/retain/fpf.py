@@ -101,8 +101,10 @@ class _FPF(WithBuffer):
                 loss = session.objective(outputs, drawn.batch, drawn.tasks)
                 if drawn.extra is not None:
                     loss = loss + self.learner.distil * F.mse_loss(wide(outputs.logits), drawn.extra)
-                # Asked for by name, so that gradients of other weights are not even computed.
-                for parameter, gradient in zip(trained, torch.autograd.grad(loss, trained), strict=True):
+                # Asked for by name, so that gradients of other weights are not even computed. A weight that another
+                # learner of a sum has put there for its own loss has none.
+                found = torch.autograd.grad(loss, trained, allow_unused=True)
+                for parameter, gradient in zip(trained, found, strict=True):
                     parameter.grad = gradient
                 torch.nn.utils.clip_grad_norm_(trained, 1.0)
                 optimizer.step()

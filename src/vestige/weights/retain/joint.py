@@ -55,6 +55,6 @@ class Joint(Learner):
         "at 20%, 18%, 16%",
     )
 
-    owns: ClassVar[frozenset[str]] = frozenset({"rows"})
+    owns: ClassVar[frozenset[str]] = frozenset({"rows", "structure"})  # it goes back to the first weights, by name
     one_process: ClassVar[bool] = False
     running = _Joint

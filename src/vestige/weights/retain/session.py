@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from vestige.core.anatomy import Anatomy
 from vestige.errors import InputError, UnsupportedModelError
 from vestige.weights.modes import evaluating
-from vestige.weights.rows import IGNORED, label_count, logits_of, within
+from vestige.weights.rows import IGNORED, accepted, label_count, logits_of, within
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -34,24 +34,45 @@ class Collate:
         collator: of the user.
         labels: how many labels (or tokens to predict) the model knows; ``None`` for any.
         tokens: how many token ids.
+        columns: what of a row is for the model; ``None`` for all of it.
 
     Raises:
-        InputError: when called, for rows without labels, or with labels or tokens that are out of range.
+        InputError: when called, for rows that cannot be put together, rows without labels, or with labels or tokens
+            that are out of range.
     """
 
-    def __init__(self, collator: Any, labels: int | None = None, tokens: int | None = None) -> None:
-        self.collator, self.known = collator, {"labels": labels, "input_ids": tokens}
+    def __init__(
+        self,
+        collator: Any,
+        labels: int | None = None,
+        tokens: int | None = None,
+        columns: frozenset[str] | None = None,
+    ) -> None:
+        self.collator, self.known, self.columns = collator, {"labels": labels, "input_ids": tokens}, columns
 
     @classmethod
-    def of(cls, model: nn.Module, collator: Any) -> Collate:
+    def of(cls, model: nn.Module, collator: Any, all_columns: bool = False) -> Collate:
         """With what a model says of itself."""
         vocabulary = getattr(getattr(model, "config", None), "vocab_size", None)
-        return cls(collator, label_count(model), vocabulary)
+        return cls(collator, label_count(model), vocabulary, None if all_columns else accepted(model))
+
+    def taken(self, row: dict[str, Any]) -> dict[str, Any]:
+        """What of a row is for the model."""
+        return {
+            key: value
+            for key, value in row.items()
+            if key not in ("index", "task") and (self.columns is None or key in self.columns)
+        }
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        plain = [{key: value for key, value in row.items() if key not in ("index", "task")} for row in rows]
         marks = {key: torch.tensor([row.get(key, -1) for row in rows]) for key in ("index", "task")}
-        batch = self.collator(plain)
+        try:
+            batch = self.collator([self.taken(row) for row in rows])
+        except (RuntimeError, ValueError) as error:
+            raise InputError(
+                f"{_where(rows[0])} and those beside it cannot be put together: "
+                f"{str(error).splitlines()[0]}; give a collator (of tokens: vestige.weights.retain.padding.PadTokens)"
+            ) from error
         for key, what in (("labels", "label"), ("input_ids", "token")):
             self._check(batch, key, what, rows)
         return {**batch, **marks}
@@ -59,7 +80,8 @@ class Collate:
     def _check(self, batch: dict[str, Any], key: str, what: str, rows: list[dict[str, Any]]) -> None:
         values = batch.get(key)
         if values is None and key == "labels":
-            raise InputError(f"{_where(rows[0])} has no 'labels'; it has {', '.join(sorted(batch))}")
+            held = sorted(rows[0].keys() - {"index", "task"})
+            raise InputError(f"{_where(rows[0])} has no 'labels'; it has {', '.join(held)}")
         if not isinstance(values, Tensor) or (values.is_floating_point() and key != "labels"):
             return
         if values.is_floating_point():
@@ -117,7 +139,7 @@ class Session:
 
     def example(self, experience: int, index: int) -> dict[str, Tensor]:
         """One training row as tensors, as the dataset gives it now."""
-        row = self.stream[experience].train.example(index)
+        row = self.collate.taken(self.stream[experience].train.example(index))
         return {key: torch.as_tensor(value) for key, value in row.items()}
 
     def batch(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:

@@ -45,7 +45,8 @@ class ContinualTrainer:
         learner: a learner, a sum of several, or a spec.
         args: see transformers; ``eval_strategy`` must be ``"no"``, as scoring is done here. Default: three epochs of
             batches of 32, no files.
-        collator: puts rows together; the default stacks equal shapes.
+        collator: puts rows together; the default stacks equal shapes. Columns that the model does not take are left
+            out before, unless ``args.remove_unused_columns`` is false.
         general: general samples for learners that need them, a map-style dataset of rows for the model.
         held_out: general text (or other general samples) on which what the model could do before is measured.
         ledger: where the result is recorded.
@@ -90,7 +91,7 @@ class ContinualTrainer:
             raise SpecError(f"{self.learner.label} keeps state that one process must hold; {self.args.world_size} run")
         if self.learner.needs_general and (general is None or not len(by_number(general, "general"))):
             raise InputError(f"{self.learner.label} needs general samples: ContinualTrainer(..., general=dataset)")
-        self.collate = Collate.of(model, collator or DefaultDataCollator())
+        self.collate = Collate.of(model, collator or DefaultDataCollator(), not self.args.remove_unused_columns)
         self.general, self.held_out = (
             None if found is None else Rows(by_number(found, name), range(len(found)), -1, _main_input(model))
             for found, name in ((general, "general"), (held_out, "held_out"))
