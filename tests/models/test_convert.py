@@ -203,6 +203,8 @@ def test_what_else_is_refused(tmp_path):
         model.generate(text, max_new_tokens=2, cache_implementation="static")
     with pytest.raises(InputError, match=r"\(batch, tokens\)"):
         model(text, attention_mask=torch.ones(2, 1, 30, 30))
+    with pytest.raises(InputError, match="between the tokens of row 0"):
+        model(text, attention_mask=torch.ones(2, 30).index_fill(1, torch.tensor([4]), 0))
     with pytest.raises(PatchConflictError, match="kv-cache"):
         __import__("vestige").method("h2o", budget=16).attach(model)
     swap.undo()

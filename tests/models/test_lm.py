@@ -328,6 +328,7 @@ def test_what_does_not_fit_is_refused(tmp_path):
     refused = [
         ({"past_key_values": DynamicCache()}, "DynamicCache"),
         ({"attention_mask": torch.ones(2, 7)}, "attention_mask"),
+        ({"attention_mask": torch.ones(2, 19).index_fill(1, torch.tensor([4]), 0)}, "between the tokens of row 0"),
         ({"cu_seqlens": torch.tensor([0, 19])}, "one row"),
         ({"inputs_embeds": torch.zeros(2, 19, 32)}, "either"),
         ({"output_attentions": True}, "no attention weights"),
@@ -346,6 +347,10 @@ def test_what_does_not_fit_is_refused(tmp_path):
     model(tokens(), past_key_values=filled)
     with pytest.raises(InputError, match=r"behind the 19 .*generate is given those again"):
         model.generate(tokens(2, 3), past_key_values=filled, max_new_tokens=1)
+    right = torch.ones(2, 20)
+    right[1, 17:19] = 0
+    with pytest.raises(InputError, match="between the tokens of row 1"):
+        model(tokens(2, 1), past_key_values=filled, attention_mask=right)
     with pytest.raises(InputError, match="holds 2 rows"):
         model(tokens(3), past_key_values=filled)
     with pytest.raises(InputError, match="cannot be taken back"):

@@ -65,12 +65,13 @@ class Layout:
         """The layout of tokens given to a layer by hand, outside of a model.
 
         Raises:
-            InputError: a mask of another size; boundaries that do not fit.
+            InputError: a mask of another size, or with padding between tokens; boundaries that do not fit.
         """
         if held is not None and held.shape != (batch, past + length):
             raise InputError(f"held is {tuple(held.shape)}; {(batch, past + length)} is due (batch, past + length)")
         positions = torch.arange(past, past + length, device=device).expand(batch, length)
         if held is not None:
+            check_padding(held)
             positions = (held.cumsum(1) - 1).clamp_min(0)[:, -length:]
         starts = None
         if cu_seqlens is not None:
@@ -147,6 +148,22 @@ def positions_of(starts: Bool[Tensor, "batch length"]) -> Int[Tensor, "batch len
     """Positions that begin anew with every packed sequence."""
     place = torch.arange(starts.shape[1], device=starts.device).expand_as(starts)
     return place - torch.where(starts, place, 0).cummax(1).values
+
+
+def check_padding(held: Bool[Tensor, "batch all"]) -> None:
+    """Refuse padding between the tokens of a row: windows and short convolutions would count it.
+
+    Raises:
+        InputError: a row whose tokens begin a second time.
+    """
+    if torch.compiler.is_compiling():
+        return
+    runs = held[:, 0].long() + (held[:, 1:] & ~held[:, :-1]).sum(1)
+    if int(runs.max()) > 1:
+        raise InputError(
+            f"the mask has padding between the tokens of row {int(runs.argmax())}; it may stand before the first, or "
+            f"behind the last where nothing follows in a later pass"
+        )
 
 
 def check_boundaries(cu_seqlens: Int[Tensor, " sequences+1"], batch: int, length: int, past: int) -> None:

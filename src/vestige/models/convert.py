@@ -34,7 +34,7 @@ from vestige.core.anatomy import Anatomy, Layer
 from vestige.core.files import write_whole
 from vestige.core.patch import Patch
 from vestige.errors import InputError, ModelError, PatchError, SpecError, UnsupportedModelError
-from vestige.layers.layout import Layout
+from vestige.layers.layout import Layout, check_padding
 from vestige.layers.mixers.attention import AttentionLayer, AttentionMixer
 from vestige.layers.mixers.base import Mixer
 from vestige.layers.place import Place
@@ -328,6 +328,7 @@ def _announce(base: nn.Module, current: Pass) -> Callable[..., None]:
         if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
             raise InputError("attention_mask of a converted model must be (batch, tokens), one where tokens are real")
         if mask is not None and not bool(mask.all()):
+            check_padding(mask.bool())
             current.held = mask.bool()
         if mask is None and positions is not None and told.get("past_key_values") is None and positions.shape[-1] > 1:
             begins = torch.ones_like(positions, dtype=torch.bool)

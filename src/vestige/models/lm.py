@@ -22,7 +22,7 @@ from transformers.utils import can_return_tuple
 
 from vestige.errors import InputError, SpecError
 from vestige.layers.initialise import initialise_one
-from vestige.layers.layout import Layout, check_boundaries, positions_of, starts_of
+from vestige.layers.layout import Layout, check_boundaries, check_padding, positions_of, starts_of
 from vestige.layers.norms import build_norm
 from vestige.models.blocks import BlockSpec
 from vestige.models.config import VestigeConfig
@@ -123,7 +123,8 @@ class VestigeModel(VestigePreTrainedModel):
 
         Args:
             input_ids: or ``inputs_embeds``.
-            attention_mask: zero at padding, for the tokens of earlier passes too. Padding stands on the left.
+            attention_mask: zero at padding, for the tokens of earlier passes too. Padding stands on the left (or on
+                the right, where no pass follows), never between tokens.
             position_ids: place of each token in its text; worked out from the mask and the state if not given.
             past_key_values: what was held before; brought up to date.
             use_cache: whether to return a state; default: the config's, and neither while training nor from a replica
@@ -238,7 +239,10 @@ def _padding(attention_mask: Tensor | None, batch: int, held: int) -> Bool[Tenso
             f"and of earlier ones"
         )
     real = attention_mask.bool()
-    return None if not torch.compiler.is_compiling() and bool(real.all()) else real
+    if not torch.compiler.is_compiling() and bool(real.all()):
+        return None
+    check_padding(real)
+    return real
 
 
 def _restarts(position_ids: Tensor) -> Bool[Tensor, "batch length"] | None:
