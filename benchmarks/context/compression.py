@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from shape import SHAPE, build, seconds
+from shape import SHAPE, build, seconds_of
 
 BUDGET = 2048
 NEW = 128
@@ -39,8 +39,8 @@ def measured(prefill, decode, repeats: int) -> dict[str, float]:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         state: list = []
-        first = seconds(lambda state=state: state.append(prefill()))
-        spans.append((first, seconds(lambda state=state: decode(state[0])) if decode else 0.0))
+        first = seconds_of(lambda state=state: state.append(prefill()))
+        spans.append((first, seconds_of(lambda state=state: decode(state[0])) if decode else 0.0))
         peaks.append(torch.cuda.max_memory_allocated())
         state.clear()
     prompt, new = (statistics.median(span[i] for span in spans[1:]) for i in range(2))

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from shape import SHAPE, build, seconds
+from shape import SHAPE, build, seconds_of
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -43,7 +43,7 @@ def timed(function, repeats: int) -> float:
     for _ in range(3):
         function()
     torch.cuda.synchronize()
-    return statistics.median(seconds(function) for _ in range(repeats))
+    return statistics.median(seconds_of(function) for _ in range(repeats))
 
 
 def fill(cache: KeptCache, batch: int, seen: int, slots: int, config, dtype=torch.bfloat16) -> KeptCache:

@@ -26,7 +26,7 @@ def build(layers: int):
     return model.eval()
 
 
-def seconds(function) -> float:
+def seconds_of(function) -> float:
     """Of a call, by device events."""
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     begin.record()

@@ -12,7 +12,7 @@ __all__ = ["captured", "waits"]
 
 
 def captured(
-    run: Callable[[], Any], device: torch.device, *, warm_up: Callable[[], Any] | None = None, times: int = 2
+    run: Callable[[], Any], device: torch.device, *, warm_up: Callable[[], Any] | None = None
 ) -> torch.cuda.CUDAGraph:
     """A graph of what a function does on a CUDA device.
 
@@ -20,12 +20,11 @@ def captured(
         run: reads and writes the same memory each time.
         device: where.
         warm_up: what runs before, while kernels are compiled and chosen; default: the function itself.
-        times: how often.
     """
     side = _side_stream(device)
     side.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(side):
-        for _ in range(times):
+        for _ in range(2):  # the second time finds all settled
             (warm_up or run)()
     torch.cuda.current_stream(device).wait_stream(side)
     graph = torch.cuda.CUDAGraph()

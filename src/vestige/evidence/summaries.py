@@ -37,14 +37,13 @@ class Smallest:
     bytes_share: float
 
 
-def retention(cells: pd.DataFrame, full: str = "full") -> pd.DataFrame:
+def retention(cells: pd.DataFrame) -> pd.DataFrame:
     """Share of prompts answered for each policy and budget, with its interval.
 
     Args:
         cells: one row per prompt: ``policy``, ``budget`` (entries per head), ``length`` (tokens of the context),
             ``found`` (whether the answer was given in full), ``share`` (of its tokens that were right),
             ``kv_bytes`` (held for that prompt).
-        full: the policy whose bytes are the measure of all others'.
 
     Returns:
         One row per policy and budget, in the order of the policies' first cells and by budget: ``policy``,
@@ -53,7 +52,7 @@ def retention(cells: pd.DataFrame, full: str = "full") -> pd.DataFrame:
     """
     import pandas as pd
 
-    whole = cells.loc[cells["policy"] == full, "kv_bytes"].mean()
+    whole = cells.loc[cells["policy"] == "full", "kv_bytes"].mean()
     rows = []
     for policy in dict.fromkeys(cells["policy"]):
         for budget, group in cells[cells["policy"] == policy].groupby("budget", sort=True):
@@ -76,20 +75,18 @@ def retention(cells: pd.DataFrame, full: str = "full") -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def smallest_budgets(table: pd.DataFrame, keep: float = KEEP, full: str = "full") -> list[Smallest]:
-    """For each policy but the full cache, the smallest budget from which on it keeps ``keep`` of the full score.
+def smallest_budgets(table: pd.DataFrame) -> list[Smallest]:
+    """For each policy but the full cache, the smallest budget from which on it keeps :data:`KEEP` of the full score.
 
     All larger measured budgets must keep it too, so that one lucky budget does not count.
 
     Args:
         table: what :func:`retention` gives.
-        keep: share of the full cache's score.
-        full: label of the full cache.
     """
-    needed = keep * table.loc[table["policy"] == full, "found"].max()
+    needed = KEEP * table.loc[table["policy"] == "full", "found"].max()
     answers = []
     for policy in dict.fromkeys(table["policy"]):
-        if policy == full:
+        if policy == "full":
             continue
         rows = table[table["policy"] == policy].sort_values("budget", ascending=False)
         enough = rows[(rows["found"] >= needed - 1e-12).cumprod().astype(bool)] if needed > 0 else rows.iloc[:0]

@@ -96,14 +96,14 @@ class Sharing(Around, Ranking):
         return self._inner.share_out(rank, budgets)
 
 
-def apportion(wishes: Sequence[float], total: int, most: Sequence[int], least: int = 1) -> list[int]:
+def apportion(wishes: Sequence[float], total: int, most: Sequence[int]) -> list[int]:
     """Whole numbers near the wishes that add up to ``total``, or to as much as ``most`` allows.
 
-    Each is at least ``least`` (where ``most`` allows that). What rounding down leaves goes, one by one, to whoever
+    Each is at least one (where ``most`` allows that). What rounding down leaves goes, one by one, to whoever
     is furthest below the wish.
     """
     total = min(total, sum(most))
-    low = [min(least, cap) for cap in most]
+    low = [min(1, cap) for cap in most]
     given = [min(max(math.floor(wish), floor), cap) for wish, floor, cap in zip(wishes, low, most, strict=True)]
     places: Any = range(len(given))
     while sum(given) < total:

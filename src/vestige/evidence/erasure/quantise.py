@@ -19,10 +19,10 @@ BLOCK = 64
 """Numbers, side by side along the inputs, that share one scale."""
 
 
-def four_bit(weight: Tensor, block: int = BLOCK) -> Tensor:
+def four_bit(weight: Tensor) -> Tensor:
     """A matrix (out, in) rounded to 15 evenly spaced values per block: w = s round(w / s), s = max |w| / 7."""
     rows, width = weight.shape
-    wide = F.pad(weight.float(), (0, -width % block)).view(rows, -1, block)
+    wide = F.pad(weight.float(), (0, -width % BLOCK)).view(rows, -1, BLOCK)
     scale = (wide.abs().amax(-1, keepdim=True) / 7).clamp(min=torch.finfo(torch.float32).tiny)
     return ((wide / scale).round() * scale).view(rows, -1)[:, :width].to(weight.dtype)
 

@@ -18,6 +18,7 @@ from vestige.weights.erase.losses import IGNORED, aligned
 
 __all__ = ["RowScores", "exposure", "row_scores"]
 
+DRAWS = 1000  # of the bootstrap
 RARE = 0.2
 """Share of a row's tokens, those least expected, by which Min-K% tells members from others."""
 
@@ -76,7 +77,7 @@ def row_scores(work: Work, examples: Examples) -> RowScores:
     return RowScores(*(np.concatenate(column) for column in zip(*parts, strict=True)))
 
 
-def exposure(members: np.ndarray, others: np.ndarray, seed: int = 0, draws: int = 1000) -> Interval:
+def exposure(members: np.ndarray, others: np.ndarray) -> Interval:
     """How well a loss tells members from others: the area under the ROC curve, with a 95% bootstrap interval.
 
     1 where every member has a lower loss than every other row, 0.5 where nothing is told, below where members stand
@@ -84,7 +85,6 @@ def exposure(members: np.ndarray, others: np.ndarray, seed: int = 0, draws: int 
 
     Args:
         members, others: losses of rows (n,) that were trained on, and of rows of the same kind that were not.
-        seed, draws: of the bootstrap.
 
     Raises:
         InputError: one of both is empty.
@@ -92,9 +92,9 @@ def exposure(members: np.ndarray, others: np.ndarray, seed: int = 0, draws: int 
     if not len(members) or not len(others):
         raise InputError(f"exposure: {len(members)} members and {len(others)} others; allowed: one or more of both")
     wins = (members[:, None] < others).astype(float) + 0.5 * (members[:, None] == others)
-    random = np.random.default_rng(seed)
+    random = np.random.default_rng(0)
     areas = []
-    for _ in range(draws):
+    for _ in range(DRAWS):
         rows = random.integers(len(members), size=len(members))
         columns = random.integers(len(others), size=len(others))
         areas.append(wins[rows].mean(0)[columns].mean())

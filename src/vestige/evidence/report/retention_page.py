@@ -27,8 +27,8 @@ COLUMNS = {
     "backward_transfer": "backward transfer",
     "forward_transfer": "forward transfer",
     "general_kept": "general, change",
-    "perplexity_before": "perplexity of general text, before",
-    "perplexity": "at the end",
+    "perplexity_before": "perplexity, before",
+    "perplexity": "perplexity, after",
     "replay_bytes": "bytes of examples",
     "state_bytes": "bytes of state",
     "seconds": "seconds",
@@ -54,10 +54,12 @@ def matrix_figure(run: ContinualRun) -> go.Figure:
 def retention_page(done: Retained, spec: Retaining) -> Page:
     """The report of a run."""
     table = done.table()
-    columns = [name for name in COLUMNS if name in table]
+    instead = {"general_kept"} if "perplexity" in table else set()
+    columns = [name for name in COLUMNS if name in table and name not in instead]
     rows = [[str(label), *(_cell(name, row[name]) for name in columns)] for label, row in table.iterrows()]
     unit = next(iter(done.runs.values())).unit
     what = "shares answered rightly" if unit == "accuracy" else "mean log-likelihoods per token, in nats"
+    what += "; perplexity of examples that no experience teaches" if instead else ""
     figures = [
         Figure(
             name=f"matrix-{n}",
