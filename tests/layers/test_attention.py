@@ -195,15 +195,17 @@ def test_the_convolution_in_pieces_and_packed(packed):
     conv.draw()
     x = torch.randn(1, 14, 3, dtype=torch.float64)
     ends = [0, 2, 9, 14]
-    whole = torch.cat([conv(x[:, a:b], Layout.of(1, b - a), {}) for a, b in pairwise(ends)], 1)
+    whole = torch.cat([conv(x[:, a:b], Layout.of(1, b - a))[0] for a, b in pairwise(ends)], 1)
     if packed:
         layout = Layout.of(1, 14, cu_seqlens=torch.tensor(ends))
-        torch.testing.assert_close(conv(x, layout, {}), whole)
+        torch.testing.assert_close(conv(x, layout)[0], whole)
     else:
-        memory = {}
-        pieces = [conv(x[:, a:b], Layout.of(1, b - a), memory) for a, b in pairwise(ends)]
-        torch.testing.assert_close(torch.cat(pieces, 1), conv(x, Layout.of(1, 14), {}))
-        assert memory["conv"].shape == (1, 3, 3)
+        pieces, kept = [], None
+        for a, b in pairwise(ends):
+            piece, kept = conv(x[:, a:b], Layout.of(1, b - a), kept)
+            pieces.append(piece)
+        torch.testing.assert_close(torch.cat(pieces, 1), conv(x, Layout.of(1, 14))[0])
+        assert kept.shape == (1, 3, 3)
         assert not torch.allclose(torch.cat(pieces, 1), whole)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from accelerate import dispatch_model
 from accelerate.utils import send_to_device
 from transformers import (
     AttentionInterface,
@@ -171,6 +172,19 @@ def test_the_trainer_smooths_labels_of_the_next_token(tmp_path):
     logits = model(tokens()).logits[:, :-1].flatten(0, 1)
     due = torch.nn.functional.cross_entropy(logits, tokens()[:, 1:].flatten(), label_smoothing=0.1)
     torch.testing.assert_close(loss, due)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", MIXERS)
+def test_what_is_held_stands_calls_through_accelerate(name):
+    """Where blocks stand on several devices, every module is called with copies of what it is given."""
+    model, text = build(SMALL.get(name, name), num_hidden_layers=2), tokens(2, 9)
+    options = {"max_new_tokens": 5, "do_sample": False, "num_beams": 2, "pad_token_id": 0}
+    due = model.generate(text, **options)
+    skipped = model._skip_keys_device_placement
+    dispatch_model(model, {"": "cpu"}, main_device="cpu", force_hooks=True, skip_keys=skipped)
+    assert sum(hasattr(part, "_hf_hook") for part in model.modules()) > 10
+    assert torch.equal(model.generate(text, **options), due)
 
 
 def test_a_layout_follows_blocks_to_their_device():

@@ -51,8 +51,8 @@ def rotate(x: Float[Tensor, "batch length heads dim"], layout: Layout, theta: fl
 class ShortConvolution(nn.Module):
     """A causal convolution of a few tokens, each channel on its own, and SiLU after it.
 
-    It keeps the last ``size - 1`` inputs as ``memory[name]``, ``(batch, size - 1, channels)``. Nothing crosses the edge
-    of a packed sequence.
+    With what comes out it gives what the next pass is to be given: the last ``size - 1`` inputs. (It writes into no
+    mapping: Accelerate, for one, calls modules with copies of these.) Nothing crosses the edge of a packed sequence.
     """
 
     def __init__(self, channels: int, size: int, bias: bool = False) -> None:
@@ -68,19 +68,20 @@ class ShortConvolution(nn.Module):
             init.uniform_(self.bias, -reach, reach)
 
     def forward(
-        self, x: Float[Tensor, "batch length channels"], layout: Layout, memory: dict[str, Tensor], name: str = "conv"
-    ) -> Float[Tensor, "batch length channels"]:
+        self,
+        x: Float[Tensor, "batch length channels"],
+        layout: Layout,
+        before: Float[Tensor, "batch reach channels"] | None = None,
+    ) -> tuple[Float[Tensor, "batch length channels"], Float[Tensor, "batch reach channels"]]:
         x = layout.blank(x)
-        before = memory.get(name)
         if before is None:
             before = x.new_zeros(x.shape[0], self.size - 1, x.shape[2])
         full = torch.cat([before.to(x.dtype), x], 1)
-        memory[name] = full[:, full.shape[1] - self.size + 1 :]
         if layout.starts is None:
             out = F.conv1d(full.mT, self.weight[:, None], self.bias, groups=x.shape[2]).mT
         else:
             out = self._packed(full, layout.starts)
-        return F.silu(out)
+        return F.silu(out), full[:, full.shape[1] - self.size + 1 :]
 
     def _packed(self, full: Tensor, starts: Bool[Tensor, "batch length"]) -> Tensor:
         """Tap by tap, each only while it stays within the token's own sequence."""

@@ -55,7 +55,10 @@ class DeltaRuleLayer(LinearLayer):
 
     def project(self, x: Tensor, layout: Layout, memory: Memory) -> Drive:
         parts = torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], -1)
-        parts = F.silu(parts) if self.conv is None else self.conv(parts, layout, memory)
+        if self.conv is None:
+            parts = F.silu(parts)
+        else:
+            parts, memory["conv"] = self.conv(parts, layout, memory.get("conv"))
         q, k, v = (split_heads(part, self.heads) for part in parts.split(self.widths, -1))
         beta = torch.sigmoid(self.b_proj(x))
         return Drive(unit(q), unit(k), v, beta=2 * beta if self.mixer.negative else beta, scale=self.scale)

@@ -122,7 +122,10 @@ class LearningLayer(RecurrentLayer):
 
     def project(self, x: Tensor, layout: Layout, memory: Memory) -> Lesson:
         parts = torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], -1)
-        parts = F.silu(parts) if self.conv is None else self.conv(parts, layout, memory)
+        if self.conv is None:
+            parts = F.silu(parts)
+        else:
+            parts, memory["conv"] = self.conv(parts, layout, memory.get("conv"))
         q, k, v = (split_heads(part, self.heads) for part in parts.chunk(3, -1))
         return self.lesson(unit(q), unit(k), v, x, layout.valid)
 

@@ -57,7 +57,8 @@ class Mamba2Layer(LinearLayer):
         init.ones_(self.norm)
 
     def project(self, x: Tensor, layout: Layout, memory: Memory) -> Scan:
-        value, b, c = self.conv(self.in_proj(x), layout, memory).split(self.widths, -1)
+        parts, memory["conv"] = self.conv(self.in_proj(x), layout, memory.get("conv"))
+        value, b, c = parts.split(self.widths, -1)
         b, c = (split_heads(t, self.mixer.groups) for t in (b, c))
         value = split_heads(value, self.heads)
         dt = self.dt_proj(x)
