@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import itertools
+import os
 import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
 from typing import Any
 
 import pytest
+
+from vestige.core.ledger import Ledger
 
 CHAT = (
     "{{ bos_token }}{% for message in messages %}<|{{ message['role'] }}|>\n{{ message['content'] }}\n{% endfor %}"
@@ -105,3 +112,17 @@ def chromium(tmp_path_factory: Any) -> Any:
     session = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
     yield session
     session.quit()
+
+
+def rows_when_killed(words: list[str], ledger: Path, lines: int) -> int:
+    """Run a command, kill it once its ledger has so many lines, and count the rows that it left."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(words, env=environment, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None:
+        if ledger.exists() and ledger.read_bytes().count(b"\n") >= lines:
+            process.send_signal(signal.SIGKILL)
+            break
+        time.sleep(0.002)
+    _, complaint = process.communicate()
+    assert process.returncode == -signal.SIGKILL, f"it ended before it could be killed: {complaint[-2000:]}"
+    return len(list(Ledger(ledger).rows()))

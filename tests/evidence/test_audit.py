@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
 import sys
-import time
 from collections import Counter
 
 import numpy as np
@@ -16,6 +12,7 @@ import pytest
 import torch
 
 import vestige
+from tests.evidence.conftest import rows_when_killed
 from vestige.context.evict.a2sf import A2SF
 from vestige.core.anatomy import Anatomy
 from vestige.core.ledger import Ledger
@@ -121,17 +118,8 @@ def test_the_fingerprint_depends_on_the_weights(toy, tiny):
 def test_killed_in_the_middle_it_goes_on_where_it_was(toy_folder, tmp_path):
     settings = repr(SMALL | {"seeds": (0, 1), "progress": False, "device": "cpu"})
     code = f"import vestige; vestige.audit({str(toy_folder)!r}, out={str(tmp_path)!r}, **{settings})"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen([sys.executable, "-c", code], env=environment, stderr=subprocess.PIPE, text=True)
     ledger = tmp_path / "ledger.jsonl"
-    while process.poll() is None:
-        if ledger.exists() and ledger.read_bytes().count(b"\n") >= 12:
-            process.send_signal(signal.SIGKILL)
-            break
-        time.sleep(0.002)
-    _, complaint = process.communicate()
-    assert process.returncode == -signal.SIGKILL, f"the audit ended before it could be killed: {complaint[-2000:]}"
-    before = len(list(Ledger(ledger).rows()))
+    before = rows_when_killed([sys.executable, "-c", code], ledger, 12)
     assert before >= 12 and not (tmp_path / "report.html").exists()
 
     result = audit(str(toy_folder), out=tmp_path, **SMALL | {"seeds": (0, 1)}, progress=False, device="cpu")

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
 import sys
 import time
 from collections import Counter
@@ -13,6 +11,7 @@ from collections import Counter
 import pytest
 
 import vestige
+from tests.evidence.conftest import rows_when_killed
 from vestige.cli import main
 from vestige.core.ledger import Ledger
 from vestige.core.patch import Patch
@@ -140,16 +139,8 @@ def test_killed_in_the_middle_it_goes_on_where_it_was(toy_folder, tmp_path):
         "--out",
         str(tmp_path / "out"),
     ]
-    process = subprocess.Popen(words, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True)
     ledger = tmp_path / "out" / "ledger.jsonl"
-    while process.poll() is None:
-        if ledger.exists() and ledger.read_bytes().count(b"\n") >= 5:
-            process.send_signal(signal.SIGKILL)
-            break
-        time.sleep(0.002)
-    _, complaint = process.communicate()
-    assert process.returncode == -signal.SIGKILL, f"it ended before it could be killed: {complaint[-2000:]}"
-    before = len(list(Ledger(ledger).rows()))
+    before = rows_when_killed(words, ledger, 5)
     found = compare(tmp_path / "spec.yaml", out=tmp_path / "out", progress=False)
     rows = list(Ledger(ledger).rows())
     assert found.measured == len(rows) - before > 0
