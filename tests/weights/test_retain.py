@@ -370,6 +370,8 @@ def test_what_cannot_be_trained_is_refused():
         assert all(torch.equal(a, b) for a, b in zip(before.parameters(), vit().parameters(), strict=True))
     with pytest.raises(InputError, match="label 7 is out of range"):
         learn("gere", general=[{"pixel_values": image, "labels": 7} for image in images])
+    with pytest.raises(InputError, match=r"experience 0 \(0,1\) has 16 train examples, less than a batch of 32"):
+        learn("finetune", args=arguments(dataloader_drop_last=True, per_device_train_batch_size=32))
     with pytest.raises(InputError, match="held_out is a DataLoader"):
         learn("finetune", held_out=DataLoader(blobs()))
     with pytest.raises(InputError, match="model is a str"):

@@ -214,6 +214,13 @@ class ContinualTrainer:
         labels = label_count(self.model)
         if stream.classes and labels is not None and stream.classes[-1] >= labels:
             raise InputError(f"the stream has the label {stream.classes[-1]}; the model has labels 0 to {labels - 1}")
+        batch = self.args.train_batch_size
+        for e in stream:
+            if self.args.dataloader_drop_last and len(e.train) < batch:
+                raise InputError(
+                    f"experience {e.index} ({e.name}) has {len(e.train)} train examples, less than a batch of {batch}, "
+                    "which dataloader_drop_last leaves out"
+                )
         for rows in (part for e in stream for part in (e.train, e.test)):
             self.collate([rows[0]])  # what is wrong with every row is found before any work
             rows.check(labels)
