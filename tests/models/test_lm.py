@@ -344,6 +344,8 @@ def test_what_does_not_fit_is_refused(tmp_path):
         ({"attention_mask": torch.ones(2, 7)}, "attention_mask"),
         ({"attention_mask": torch.ones(2, 19).index_fill(1, torch.tensor([4]), 0)}, "between the tokens of row 0"),
         ({"cu_seqlens": torch.tensor([0, 19])}, "one row"),
+        ({"cu_seqlens": [0, 19]}, "cu_seqlens is a list"),
+        ({"position_ids": torch.arange(7)[None]}, r"position_ids is \(1, 7\); \(2, 19\) is due"),
         ({"inputs_embeds": torch.zeros(2, 19, 32)}, "either"),
         ({"output_attentions": True}, "no attention weights"),
         ({"labels": tokens(), "logits_to_keep": 1}, "without logits_to_keep"),

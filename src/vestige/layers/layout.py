@@ -172,6 +172,10 @@ def check_boundaries(cu_seqlens: Int[Tensor, " sequences+1"], batch: int, length
     Raises:
         InputError: more than one row, a past, boundaries that do not rise from 0 to the length.
     """
+    if not isinstance(cu_seqlens, torch.Tensor):
+        raise InputError(
+            f"cu_seqlens is a {type(cu_seqlens).__name__}; a tensor is due: 0, and where each sequence ends"
+        )
     if batch != 1 or past:
         raise InputError(f"packed sequences stand in one row without a past; here are {batch} rows, {past} tokens held")
     if torch.compiler.is_compiling():

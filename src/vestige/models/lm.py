@@ -190,6 +190,8 @@ class VestigeModel(VestigePreTrainedModel):
         past = 0 if state is None else state.seen
         if state is not None and state.batch_size not in (-1, batch):
             raise InputError(f"the state holds {state.batch_size} rows; the tokens are {batch} rows")
+        if position_ids is not None and position_ids.shape not in ((batch, length), (1, length)):
+            raise InputError(f"position_ids is {tuple(position_ids.shape)}; {(batch, length)} is due")
         held = _padding(attention_mask, batch, past + length)
         starts = None
         if cu_seqlens is not None:
