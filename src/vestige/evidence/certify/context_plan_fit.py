@@ -133,7 +133,7 @@ def _loss_without(model: Any, anatomy: Anatomy, sample: Any, at: int, of: int, p
         return (share @ values).transpose(1, 2).contiguous(), None
 
     with Patch(model, "certify") as patch:
-        patch.attention("vestige-removal", attention, lambda *args, **kwargs: None)
+        patch.attention("vestige-removal", attention)
         logits = model(ids).logits[0, :-1][counts]
     return float(torch.nn.functional.cross_entropy(logits.double(), own))
 
