@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
-from transformers import DefaultDataCollator
+from transformers import DefaultDataCollator, TrainerCallback
 
 import vestige
 from tests.weights.common import arguments, blobs, learn, stream, vit
@@ -179,8 +179,6 @@ def uncut(request, tmp_path_factory):
 
 @pytest.mark.parametrize(("experience", "step"), [(0, 2), (1, 3), (2, 0)])
 def test_a_killed_run_goes_on_to_the_same_result(tmp_path, uncut, experience, step):
-    from transformers import TrainerCallback
-
     class Kill(TrainerCallback):
         def on_step_begin(self, args, state, control, **kwargs):
             if f"experience-{experience}" in args.output_dir and state.global_step == step:
@@ -195,6 +193,20 @@ def test_a_killed_run_goes_on_to_the_same_result(tmp_path, uncut, experience, st
     for name, value in model.state_dict().items():
         assert torch.equal(fresh.state_dict()[name], value), name
     assert not list((tmp_path / "cut").glob("experience-*"))
+
+
+def test_every_experience_is_learnt_in_the_precision_asked_for():
+    class Watch(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            seen.append(kind[-1])
+
+    model, seen, kind = vit(), [], []
+    model.classifier.register_forward_hook(lambda part, given, out: kind.append(out.dtype))
+    learn("finetune", model, args=arguments(bf16=True, max_steps=2), callbacks=[Watch()])
+    assert seen == [torch.bfloat16] * 6
+    assert "forward" not in vars(model)
+    learn("finetune", model, args=arguments(max_steps=1), callbacks=[Watch()])
+    assert seen[6:] == [torch.float32] * 3
 
 
 def test_a_folder_with_another_run_is_refused(tmp_path):

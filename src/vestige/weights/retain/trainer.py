@@ -133,7 +133,6 @@ class ContinualTrainer:
                 self._learn(session, running, experience, scores, folder)
         finally:
             running.finish(session)
-            vars(self.model).pop("_is_accelerate_prepared", None)
             for name, parameter in self.model.named_parameters():
                 parameter.requires_grad_(wanted.get(name, parameter.requires_grad))
         run = scores.run(running)
@@ -171,6 +170,7 @@ class ContinualTrainer:
         checkpoint = folder.newest(experience.index) if folder else None
         if checkpoint is not None:
             running.load(folder.state(checkpoint, session))  # type: ignore[union-attr]
+        own = {name: value for name, value in vars(self.model).items() if name == "forward"}
         began = time.perf_counter() - place.seconds  # what came before counts, the scores do not
         try:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -178,8 +178,11 @@ class ContinualTrainer:
             error.run = scores.run(running) if scores.matrix else None  # type: ignore[union-attr]
             raise
         finally:
-            # A precision wrapper around forward must not pile up over experiences.
-            trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
+            # A precision wrapper around forward must not pile up over experiences, nor be left out of the next one.
+            # Accelerate's own way to take it off takes decorators of transformers along.
+            for name in ("forward", "_original_forward", "_is_accelerate_prepared"):
+                vars(self.model).pop(name, None)
+            vars(self.model).update(own)
             session.autocast = nullcontext
         with _timed(place):
             running.after(session, experience)
