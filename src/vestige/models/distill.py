@@ -19,7 +19,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from vestige.errors import InputError, MissingPackageError, SpecError, TrainingError
+from vestige.core.packages import need
+from vestige.errors import InputError, SpecError, TrainingError
 from vestige.models.convert import PROJECTIONS, Conversion, ConvertedAttention
 
 __all__ = ["Distilled", "distill"]
@@ -290,7 +291,4 @@ def _check(
     if not all(any(part is here for here in conversion.model.modules()) for part in conversion.modules):
         raise InputError("the conversion has been undone; convert the model anew")
     if tune == "lora" and tune_steps:
-        import importlib.util
-
-        if importlib.util.find_spec("peft") is None:
-            raise MissingPackageError("peft", "tuning through adapters", "pip install 'vestige[weights]'")
+        need("tuning through adapters", "weights", "peft")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vestige.errors import MissingPackageError
+from vestige.core.packages import need
 
 __all__ = ["Adapters"]
 
@@ -46,10 +46,9 @@ class Adapters:
     def __init__(
         self, model: nn.Module, maps: Sequence[nn.Module], rank: int, scale: float, draw: torch.Generator, owner: str
     ) -> None:
-        try:
-            from peft import LoraConfig, LoraModel
-        except ImportError:
-            raise MissingPackageError("peft", owner, "pip install 'vestige[weights]'") from None
+        need(owner, "weights", "peft")
+        from peft import LoraConfig, LoraModel
+
         names = {part: name for name, part in model.named_modules()}
         self._flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
         self._tuner: Any = None

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Float
 
-from vestige.errors import MissingPackageError
+from vestige.core.packages import need
 
 if TYPE_CHECKING:
     import pandas
@@ -134,10 +134,9 @@ class ContinualRun:
         Raises:
             MissingPackageError: pandas is not installed.
         """
-        try:
-            import pandas
-        except ImportError:
-            raise MissingPackageError("pandas", "ContinualRun.table()", "pip install 'vestige[report]'") from None
+        need("ContinualRun.table()", "report", "pandas")
+        import pandas
+
         done = list(self.names)[: len(self.matrix)]
         rows = np.vstack([self.untrained[None], self.matrix])
         index = pandas.Index(["untrained", *done], name="after")
@@ -149,10 +148,9 @@ class ContinualRun:
         Raises:
             MissingPackageError: plotly is not installed.
         """
-        try:
-            import plotly.graph_objects as go
-        except ImportError:
-            raise MissingPackageError("plotly", "ContinualRun.figure()", "pip install 'vestige[report]'") from None
+        need("ContinualRun.figure()", "report", "plotly")
+        import plotly.graph_objects as go
+
         form = ".0%" if self.unit == "accuracy" else ".2f"
         done = list(self.names)[: len(self.matrix)]
         bounds = {"zmin": 0, "zmax": 1} if self.unit == "accuracy" else {}
