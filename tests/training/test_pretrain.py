@@ -58,6 +58,7 @@ def test_it_learns_saves_and_tells(run):
         assert torch.equal(weight.cpu(), model.state_dict()[key])
     ids = tokenizer("the cat", return_tensors="pt").input_ids
     assert tokenizer.decode(model.generate(ids, max_new_tokens=4, do_sample=False)[0]).startswith("the cat")
+    assert model(ids).past_key_values is not None
     (row,) = Ledger(trained.folder / "ledger.jsonl").rows()
     assert row["metrics"]["loss"] == trained.loss and row["state_bytes"] > 0 and row["tokens"] == 30 * 4 * 32
     assert row["parameters"] == model.num_parameters()

@@ -361,6 +361,8 @@ def test_rows_that_cannot_be_put_together_are_told_with_what_would():
         learn("finetune", tiny_model("llama"), on=domains)
     model = copy.deepcopy(tiny_model("llama"))
     ContinualTrainer(model, "finetune", arguments(max_steps=1), collator=PadTokens()).run(domains)
+    assert tiny_model("llama").config.use_cache and model.config.use_cache
+    assert model(rows[0]["input_ids"][None]).past_key_values is not None
 
 
 def test_what_cannot_be_trained_is_refused():

@@ -153,7 +153,8 @@ def train(
     seen, held_out = split(tokens, settings.length, settings.held_out)
     set_seed(settings.seed)
     special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")}
-    model = VestigeLM(_config(settings, {**special, "vocab_size": len(tokenizer)}))
+    config = _config(settings, {**special, "vocab_size": len(tokenizer)})
+    caching, model = config.use_cache, VestigeLM(config)
     stop = _StopWhenAsked()
     trainer = _Trainer(
         model=model, args=arguments, train_dataset=seen, eval_dataset=held_out, callbacks=[stop, _Progress(quiet)]
@@ -172,6 +173,7 @@ def train(
         finished_before = False
     took = time.perf_counter() - began
     loss = trainer.evaluate()["eval_loss"]
+    model.config.use_cache = caching  # the Trainer has written its own there
     trained = Trained(
         folder=settings.out,
         model=model,

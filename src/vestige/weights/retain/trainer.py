@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import DefaultDataCollator, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from vestige.errors import InputError, SpecError, TrainingError, UnsupportedModelError
+from vestige.weights.modes import same_use_of_cache
 from vestige.weights.retain.checkpoint import Checkpoints
 from vestige.weights.retain.learner import Learner, Running
 from vestige.weights.retain.result import ContinualRun
@@ -129,8 +130,9 @@ class ContinualTrainer:
             if begun is not None and folder is not None:
                 scores.load(begun)
                 folder.restore(session, running)
-            for experience in stream.experiences[len(scores.matrix) :]:
-                self._learn(session, running, experience, scores, folder)
+            with same_use_of_cache(self.model):
+                for experience in stream.experiences[len(scores.matrix) :]:
+                    self._learn(session, running, experience, scores, folder)
         finally:
             running.finish(session)
             for name, parameter in self.model.named_parameters():
