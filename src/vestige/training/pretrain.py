@@ -145,7 +145,7 @@ def train(
     checkpoints = settings.out / "checkpoints"
     arguments = _arguments(settings, checkpoints, quiet)  # from here on the processes know one another
     arguments._n_gpu = min(arguments.n_gpu, 1)  # a process has one device; the Trainer would take all that it sees
-    with arguments.main_process_first(desc="tokenizer"):
+    with arguments.main_process_first(local=False, desc="tokenizer"):  # one of all nodes makes it, and all read it
         first = arguments.process_index == 0
         _same_run(settings, checkpoints, fresh and first, write=first)
         tokenizer = _tokenizer(settings, files, first)
