@@ -17,12 +17,13 @@ from vestige.weights.erase.examples import Examples, Reader
 from vestige.weights.erase.gradient_ascent import GradientAscent
 from vestige.weights.erase.gs_lora import GSLoRA
 from vestige.weights.erase.iau import IAU, gradient_restriction
-from vestige.weights.erase.losses import IGNORED, row_accuracy, row_losses
+from vestige.weights.erase.losses import row_accuracy, row_losses
 from vestige.weights.erase.npo import NPO
 from vestige.weights.erase.random_label_forgetting import RandomLabelForgetting, random_labels
 from vestige.weights.erase.retrain import Retrain
 from vestige.weights.erase.salun import SalUn, saliency_masks
 from vestige.weights.erase.ssd import SSD
+from vestige.weights.rows import IGNORED
 
 
 def split() -> dict[str, TensorDataset]:

@@ -74,7 +74,7 @@ def expect(holds: bool, otherwise: str) -> None:
 
 
 def refused(error: type[VestigeError], call: Callable[[], Any], *words: str) -> str:
-    """The text with which a call raises an error of a kind; it must contain the words, in whatever letters.
+    """The text with which a call raises an error of a kind; it must contain the words.
 
     Raises:
         CheckFailed: no error, another one, or a text that lacks a word.
@@ -82,7 +82,7 @@ def refused(error: type[VestigeError], call: Callable[[], Any], *words: str) -> 
     try:
         call()
     except error as seen:
-        missing = [word for word in words if word.lower() not in str(seen).lower()]
+        missing = [word for word in words if word not in str(seen)]
         expect(not missing, f"{error.__name__} does not speak of {', '.join(missing)}: {seen}")
         return str(seen)
     except Exception as seen:

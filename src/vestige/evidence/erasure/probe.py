@@ -12,7 +12,7 @@ from torch import Tensor
 from vestige.core.packages import need
 from vestige.weights.erase.eraser import Work
 from vestige.weights.erase.examples import Examples, Row
-from vestige.weights.erase.losses import IGNORED
+from vestige.weights.rows import IGNORED
 
 __all__ = ["Probed", "probe"]
 

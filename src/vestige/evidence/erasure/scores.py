@@ -14,7 +14,8 @@ from vestige.errors import InputError
 from vestige.evidence.statistics import Interval, bootstrap
 from vestige.weights.erase.eraser import Work
 from vestige.weights.erase.examples import Examples
-from vestige.weights.erase.losses import IGNORED, aligned
+from vestige.weights.erase.losses import aligned
+from vestige.weights.rows import IGNORED
 
 __all__ = ["RowScores", "exposure", "row_scores"]
 

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from vestige.errors import InputError, UnsupportedModelError
-from vestige.weights.erase.losses import IGNORED
-from vestige.weights.rows import accepted, by_number, label_count, predicts_tokens, within
+from vestige.weights.rows import IGNORED, accepted, by_number, label_count, predicts_tokens, within
 
 __all__ = ["Examples", "Reader", "Row", "checked", "disjoint"]
 

@@ -16,8 +16,9 @@ from vestige.errors import UnsupportedModelError
 from vestige.weights.erase.descent import Adam, Descent, Step
 from vestige.weights.erase.eraser import Trace, Work
 from vestige.weights.erase.examples import Row
-from vestige.weights.erase.losses import IGNORED, aligned, row_losses
+from vestige.weights.erase.losses import aligned, row_losses
 from vestige.weights.lora import Adapters
+from vestige.weights.rows import IGNORED
 
 __all__ = ["GSLoRA"]
 

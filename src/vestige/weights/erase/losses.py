@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from vestige.weights.rows import IGNORED
 
-__all__ = ["IGNORED", "aligned", "row_accuracy", "row_losses"]
+__all__ = ["aligned", "row_accuracy", "row_losses"]
 
 
 def aligned(logits: Tensor, labels: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
@@ -23,7 +23,7 @@ def row_losses(logits: Tensor, labels: Tensor, causal: bool, over: Literal["mean
 
     Args:
         logits: (rows, classes), or (rows, tokens, classes).
-        labels: (rows,), or (rows, tokens) with :data:`IGNORED` where a token does not count.
+        labels: (rows,), or (rows, tokens) with :data:`~vestige.weights.rows.IGNORED` where a token does not count.
         causal: whether logits at a token predict the label of the next.
         over: how the tokens of a row are put together.
     """

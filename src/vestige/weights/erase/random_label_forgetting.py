@@ -12,7 +12,8 @@ from vestige.errors import InputError
 from vestige.weights.erase.descent import Descent
 from vestige.weights.erase.eraser import Work
 from vestige.weights.erase.examples import Row
-from vestige.weights.erase.losses import IGNORED, row_losses
+from vestige.weights.erase.losses import row_losses
+from vestige.weights.rows import IGNORED
 
 __all__ = ["RandomLabelForgetting", "random_labels"]
 

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vestige.weights.rows import IGNORED
+
 __all__ = ["PadTokens"]
 
 
@@ -29,6 +31,6 @@ class PadTokens:
         ]
         return {
             "input_ids": pad(ids, batch_first=True, padding_value=self.padding),
-            "labels": pad(labels, batch_first=True, padding_value=-100),
+            "labels": pad(labels, batch_first=True, padding_value=IGNORED),
             "attention_mask": pad(masks, batch_first=True),
         }

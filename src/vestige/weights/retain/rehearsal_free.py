@@ -18,6 +18,7 @@ from vestige.weights.fisher import diagonal
 from vestige.weights.retain.learner import Batch, Learner, Running, snapshot
 from vestige.weights.retain.session import Session, is_classification, wide
 from vestige.weights.retain.stream import Experience
+from vestige.weights.rows import IGNORED
 
 __all__ = ["RehearsalFree"]
 
@@ -89,7 +90,7 @@ class _RehearsalFree(Running):
         gaps = F.kl_div((now / T).log_softmax(-1), (then / T).log_softmax(-1), log_target=True, reduction="none").sum(
             -1
         )
-        kept = batch["labels"] != -100 if gaps.ndim == 2 else torch.ones_like(gaps, dtype=torch.bool)
+        kept = batch["labels"] != IGNORED if gaps.ndim == 2 else torch.ones_like(gaps, dtype=torch.bool)
         return T**2 * gaps[kept].mean()
 
     @torch.no_grad()

@@ -22,7 +22,7 @@ from vestige.weights.retain.learner import Learner, Running
 from vestige.weights.retain.result import ContinualRun
 from vestige.weights.retain.session import Collate, Session, is_classification, without_labels
 from vestige.weights.retain.stream import Experience, Rows, Stream
-from vestige.weights.rows import by_number, label_count, logits_of
+from vestige.weights.rows import IGNORED, by_number, label_count, logits_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -204,7 +204,7 @@ class ContinualTrainer:
                     right, count = right + float((answer == batch["labels"]).sum()), count + len(answer)
                 else:
                     unit = "log-likelihood"
-                    tokens = float((batch["labels"][..., 1:] != -100).sum())
+                    tokens = float((batch["labels"][..., 1:] != IGNORED).sum())
                     right, count = right - float(outputs.loss) * tokens, count + tokens
         if not count:
             whose = "the held-out set" if experience is None else f"experience {experience.index} ({experience.name})"
